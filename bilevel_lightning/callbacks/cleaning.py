@@ -1,0 +1,178 @@
+"""What a person sees of hyper-cleaning: the weights, the suspicious images, and what the weights are worth."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.cli import OptimizerCallable
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from typing_extensions import override
+
+from bilevel_lightning.errors import positive
+
+
+def _writers(trainer: Trainer) -> list[Any]:
+    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+
+
+class WeightHistogram(Callback):
+    """Histograms of the weights of clean and of corrupted samples in TensorBoard, after each validation."""
+
+    @override
+    @rank_zero_only
+    @torch.no_grad()
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        weights = pl_module.hooks.upper(data.train[2].to(pl_module.device)).cpu()  # type: ignore[union-attr, operator]
+        for name, chosen in (("clean", data.clean), ("corrupted", ~data.clean)):
+            if chosen.any():
+                for writer in _writers(trainer):
+                    writer.add_histogram(f"weights/{name}", weights[chosen], trainer.global_step)
+
+
+class SuspiciousImages(Callback):
+    """The training images with the smallest weights and their given labels: in TensorBoard and, at the end, as a PNG.
+
+    Args:
+        images: how many, shown in rows of eight. Default 32.
+    """
+
+    def __init__(self, images: int = 32) -> None:
+        self.images = int(positive("SuspiciousImages.images", images))
+
+    @torch.no_grad()
+    def figure(self, trainer: Trainer, pl_module: LightningModule) -> Figure:
+        """Draws the images in the order of their weights; a title is red where the label was in fact replaced."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        images, labels, index = data.train
+        weights = pl_module.hooks.upper(index.to(pl_module.device)).cpu()  # type: ignore[union-attr, operator]
+        order = weights.argsort()[: self.images]
+        rows = -(-len(order) // 8)
+        figure = Figure(figsize=(9, 1.35 * rows + 0.6), layout="constrained")
+        step = trainer.global_step
+        figure.suptitle(f"Smallest weights after {step} upper iterations: label given, weight (red: label is wrong)", size=10)
+        for axis, i in zip(figure.subplots(rows, 8, squeeze=False).flat, [*order, *[None] * (rows * 8 - len(order))], strict=True):
+            axis.axis("off")
+            if i is not None:
+                axis.imshow(images[i].permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
+                color = "black" if data.clean[i] else "#c1272d"
+                axis.set_title(f"{int(labels[i])}, {weights[i]:.3f}", size=9, color=color)
+        return figure
+
+    @override
+    @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for writer in _writers(trainer):
+            writer.add_figure("suspicious_images", self.figure(trainer, pl_module), trainer.global_step)
+
+    @override
+    @rank_zero_only
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.log_dir is not None:
+            Path(trainer.log_dir).mkdir(parents=True, exist_ok=True)
+            self.figure(trainer, pl_module).savefig(Path(trainer.log_dir) / "suspicious_images.png", dpi=120)
+
+
+class CleaningReport(Callback):
+    """Retrains the model from scratch on the learnt weights and beside three controls, and prints the table.
+
+    All rows start at the weights that the model had before the run, take the same steps, and are tested once, at the
+    end, on the test set: nothing is selected on it. The loss is the weighted mean ``sum w_i CE_i / sum w_i`` with
+
+    * *learnt weights*: w_i = sigmoid(x_i) of the run;
+    * *all samples equally*: w_i = 1;
+    * *validation data only*: training on the clean samples of the upper level;
+    * *clean samples only (oracle)*: w_i = 1 for samples with a right label, else 0; nobody has this outside experiments.
+
+    The first line of the table is y itself, the lower solution at the end of the run. The numbers go to the loggers as
+    ``report/...`` too.
+
+    Args:
+        steps: optimizer steps of each training. Default 500.
+        optimizer: any of torch's. Default SGD with step size 0.1 and momentum 0.9.
+        batch_size: minibatch size; None (default): all samples at once.
+    """
+
+    def __init__(
+        self,
+        steps: int = 500,
+        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+        batch_size: int | None = None,
+    ) -> None:
+        self.steps = int(positive("CleaningReport.steps", steps))
+        self.optimizer, self.batch_size = optimizer, batch_size
+        self.scratch: nn.Module | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and self.scratch is None:
+            self.scratch = deepcopy(pl_module.hooks.lower)  # type: ignore[union-attr, arg-type]
+
+    @override
+    @rank_zero_only
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        task: Any = pl_module.hooks
+        move = lambda tensors: tuple(t.to(pl_module.device) for t in tensors)  # noqa: E731
+        (images, labels, index), val, test = move(data.train), move(data.val), move(data.test)
+        clean = data.clean.to(pl_module.device)
+        with torch.no_grad():
+            found = task.metrics({"lower": (images, labels, index), "upper": test, "clean": clean})
+            weights = task.upper(index)
+        trainings = {
+            "learnt weights": (images, labels, weights),
+            "all samples equally": (images, labels, torch.ones_like(weights)),
+            "validation data only": (*val, torch.ones(len(val[1]), device=pl_module.device)),
+            "clean samples only (oracle)": (images[clean], labels[clean], torch.ones_like(weights[clean])),
+        }
+        rows = {"y at the end of the run": found.pop("accuracy")}
+        rows |= {name: self.retrain(*training, test) for name, training in trainings.items()}
+        self.show(trainer, {name: float(v) for name, v in rows.items()}, {name: float(v) for name, v in found.items()})
+
+    def retrain(self, images: Tensor, labels: Tensor, weights: Tensor, test: tuple[Tensor, Tensor]) -> Tensor:
+        """Trains a copy of the model from scratch and returns its accuracy on the test set."""
+        model = deepcopy(self.scratch).to(images.device).train()  # type: ignore[union-attr]
+        optimizer = self.optimizer(model.parameters())
+        generator = torch.Generator().manual_seed(0)
+        size = len(labels) if self.batch_size is None else min(self.batch_size, len(labels))
+        with torch.inference_mode(False), torch.enable_grad():
+            for _ in range(self.steps):
+                if size < len(labels):
+                    i = torch.randperm(len(labels), generator=generator)[:size].to(images.device)
+                    x, y, w = images[i], labels[i], weights[i]
+                else:
+                    x, y, w = images, labels, weights
+                loss = (w * cross_entropy(model(x), y, reduction="none")).sum() / w.sum()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        with torch.no_grad():
+            return (model.eval()(test[0]).argmax(1) == test[1]).float().mean()
+
+    def show(self, trainer: Trainer, rows: dict[str, float], found: dict[str, float]) -> None:
+        """Prints and logs the report."""
+        table = Table(title=f"Test accuracy (trained from scratch for {self.steps} steps, but for the first line)")
+        table.add_column("training data")
+        table.add_column("accuracy %", justify="right")
+        for name, value in rows.items():
+            table.add_row(name, f"{100 * value:.2f}")
+        console = Console()
+        console.print(table)
+        if found:
+            cleaning = Table(title="Which labels are right, according to the weights")
+            for name in found:
+                cleaning.add_column(name.replace("_", " "), justify="right")
+            cleaning.add_row(*(f"{value:.3f}" for value in found.values()))
+            console.print(cleaning)
+        keys = {name.split(" (")[0].replace(" ", "_"): value for name, value in rows.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics({f"report/{k}": v for k, v in {**keys, **found}.items()}, step=trainer.global_step)
+            logger.save()

@@ -1,0 +1,40 @@
+"""Averages over processes, once, so that no algorithm needs to know how many there are."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bilevel_lightning.tree import Params
+
+
+class _Mean(torch.autograd.Function):
+    """Mean over processes whose derivative, the mean of the cotangents, is again differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, flat: Tensor) -> Tensor:
+        out = flat.clone()
+        dist.all_reduce(out)
+        return out.div_(dist.get_world_size())
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        return _Mean.apply(cotangents[0])
+
+
+def mean_over_processes(tree: Params) -> Params:
+    """Returns the average over all processes, with one collective per data type; differentiable.
+
+    Lightning's DDP strategy does not see gradients taken with `torch.autograd.grad`, so every derivative of a loss over
+    shared variables goes through here. With one process it returns its argument.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return tree
+    out: Params = {}
+    for dtype in {t.dtype for t in tree.values()}:
+        part = {name: t for name, t in tree.items() if t.dtype == dtype}
+        flat = _Mean.apply(torch.cat([t.reshape(-1) for t in part.values()]))
+        pieces = flat.split([t.numel() for t in part.values()])
+        out.update({name: piece.view_as(t) for piece, (name, t) in zip(pieces, part.items(), strict=True)})
+    return {name: out[name] for name in tree}

@@ -1,0 +1,312 @@
+"""The one training loop of all algorithms."""
+
+from abc import ABC, abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from pytorch_lightning import Callback, LightningModule
+from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
+from pytorch_lightning.core.mixins.hparams_mixin import _given_hyperparameters
+from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor, nn
+from typing_extensions import override
+
+from bilevel_lightning import tree
+from bilevel_lightning.distributed import mean_over_processes
+from bilevel_lightning.dynamics import Dynamics, GradientDescent
+from bilevel_lightning.errors import BilevelError, positive
+from bilevel_lightning.problem import BilevelProblem, Functional, bind
+from bilevel_lightning.state import State
+from bilevel_lightning.task import Bilevel, BilevelTask
+from bilevel_lightning.tree import Params
+
+ORACLES = ("upper_gradients", "lower_gradients", "hessian_products", "cross_products", "fixed_point_maps")
+
+
+class Step(NamedTuple):
+    """What an algorithm returns for one upper iteration: the direction for x and the new y."""
+
+    upper_grad: Params
+    lower: Params
+
+
+class BilevelModule(LightningModule, Bilevel, ABC):
+    r"""Base of all algorithms; a subclass implements `bilevel_step` and its own settings, nothing else.
+
+    State the problem either with ``task=`` or by defining the members of `Bilevel` on a subclass of an algorithm. One
+    batch ``{"lower": ..., "upper": ...}`` is one upper iteration, and only upper iterations advance ``global_step``.
+    Logged at every ``log_every_n_steps``: ``train/upper_loss`` f(x_k, y_{k+1}), ``train/lower_loss`` g(x_k, y_{k+1}),
+    ``train/stationarity`` ``|g_y(x_k, y_{k+1})|``, ``train/hypergradient_norm``, and the oracles evaluated so far.
+
+    Args:
+        task: the bilevel problem; None if the subclass states it.
+        upper_optimizer: optimizer of x: any of torch's that needs no closure. Default Adam with step size 0.01.
+        upper_scheduler: its step-size schedule, stepped once per upper iteration. Default none.
+        upper_clip_norm: bound on the Euclidean norm of the hypergradient. Default none.
+        dynamics: one step of the lower level. Default gradient descent with step size 0.1.
+        lower_steps: number T of lower steps in one upper iteration. Default 20.
+        warm_start: start the lower level at the last iteration's y (True, default) or at the y of the beginning.
+
+    Raises:
+        BilevelError: if a setting is impossible, or the losses do not fit it; the message names the remedy.
+    """
+
+    def __init__(
+        self,
+        task: BilevelTask | None = None,
+        upper_optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=0.01),
+        upper_scheduler: LRSchedulerCallable | None = None,
+        upper_clip_norm: float | None = None,
+        dynamics: Dynamics = GradientDescent(lr=0.1),  # noqa: B008 (a value: it has no state)
+        lower_steps: int = 20,
+        warm_start: bool = True,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        # From Python, objects are the caller's to give again; from the command line their configs are stored.
+        objects = ["task", "dynamics", "upper_optimizer", "upper_scheduler"]
+        self.save_hyperparameters(ignore=[] if _given_hyperparameters.get() else objects)
+        for name in [k for k, v in self.hparams.items() if not _plain(v)]:
+            del self.hparams[name]
+        self.task = task
+        self.upper_optimizer, self.upper_scheduler = upper_optimizer, upper_scheduler
+        if upper_clip_norm is not None:
+            positive("upper_clip_norm", upper_clip_norm)
+        if lower_steps < 1:
+            raise BilevelError(f"lower_steps must be at least 1, got {lower_steps}.")
+        self.upper_clip_norm = upper_clip_norm
+        self.dynamics, self.lower_steps, self.warm_start = dynamics, lower_steps, warm_start
+        self.learnable = nn.ParameterDict()
+        self.cold_start: State | None = None
+        self._checked: bool | None = None  # None: not configured; False: losses not looked at yet
+        self.register_buffer("oracles", torch.zeros(len(ORACLES), dtype=torch.long))
+        self.oracles: Tensor
+
+    @abstractmethod
+    def bilevel_step(self, problem: BilevelProblem, x: Params, y: Params) -> Step:
+        """Computes one upper iteration.
+
+        Args:
+            problem: the oracles.
+            x: upper variables, detached.
+            y: start of the lower level, detached.
+
+        Returns:
+            The direction for x, an estimate of the hypergradient, by the names of x; and the new y.
+        """
+
+    def minibatches(self, k: int) -> tuple[int, int]:
+        """Returns how many lower and upper minibatches upper iteration ``k`` takes, where data come in minibatches."""
+        return self.lower_steps, 1
+
+    def solve_lower(self, problem: BilevelProblem, x: Params, y: Params) -> Params:
+        """Returns y after ``lower_steps`` lower steps, without a graph."""
+        state = self.dynamics.start(y)
+        for t in range(self.lower_steps):
+            state = self.dynamics.step(problem, x, state, t)
+        return state[0]
+
+    # The Lightning side. Nothing below is meant to be overridden.
+
+    @property
+    def hooks(self) -> Bilevel:
+        """Who states the problem: the task, or this module itself."""
+        return self if self.task is None else self.task
+
+    def upper_parameters(self) -> Params:
+        """Returns x: the trainable parameters of ``upper`` and the learnable settings of the dynamics."""
+        learnable = {f"dynamics/{name}": p for name, p in self.learnable.items()}
+        return {**tree.of(self.hooks.upper), **learnable}
+
+    @override
+    def configure_model(self) -> None:
+        if self._checked is not None:
+            return
+        for name in ("upper", "lower"):
+            if not isinstance(getattr(self.hooks, name, None), nn.Module):
+                raise BilevelError(f"{type(self.hooks).__name__}.{name} must be a module that holds the {name} variables.")
+        x, y = tree.of(self.hooks.upper), tree.of(self.hooks.lower)
+        for name, values in (("upper", x), ("lower", y)):
+            if not values:
+                raise BilevelError(f"{type(self.hooks).__name__}.{name} has no trainable parameter.")
+        shared = {id(p) for p in x.values()} & {id(p) for p in y.values()}
+        if shared:
+            names = [name for name, p in y.items() if id(p) in shared]
+            raise BilevelError(f"A parameter is both an upper and a lower variable: {names}. Give each level its own.")
+        device = next(iter(x.values()))
+        for name, value in self.dynamics.learnable().items():
+            self.learnable[name.removeprefix("dynamics/")] = nn.Parameter(value.to(device))
+        if not self.warm_start and self.hooks.persistent_lower:
+            self.cold_start = State(y)
+        self._checked = False
+
+    @override
+    def setup(self, stage: str) -> None:
+        if self.trainer.precision in ("16-mixed", "16-true"):
+            raise BilevelError(
+                f"precision {self.trainer.precision} cannot be used: its loss scaling does not reach hypergradients. "
+                "Choose 32-true, 64-true or bf16-mixed."
+            )
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if datamodule is not None:
+            self.hooks.check_data(datamodule)
+
+    @override
+    def configure_callbacks(self) -> list[Callback]:
+        given = {type(c) for c in self.trainer.callbacks}  # type: ignore[attr-defined]
+        return [c for c in self.hooks.callbacks() if type(c) not in given]
+
+    @override
+    def configure_optimizers(self) -> Any:
+        try:
+            optimizer = self.upper_optimizer(self.upper_parameters().values())
+        except ValueError as error:
+            raise BilevelError(f"upper_optimizer: {error}.") from error
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise BilevelError("upper_optimizer LBFGS needs a closure, which a hypergradient has not; use SGD or Adam.")
+        return [optimizer], [] if self.upper_scheduler is None else [self.upper_scheduler(optimizer)]
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x = tree.detach(self.upper_parameters())
+        due = self.trainer.log_every_n_steps and (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+        gradients, logs, y = [], [], {}
+        for episode in self.hooks.episodes(batch):
+            problem, z, pull_back = bind(self.hooks, episode, x, mean_over_processes)
+            y = self._start(x)
+            if not self._checked:
+                self._check(problem, z, y)
+            step = self.bilevel_step(problem, z, y)
+            y = step.lower
+            gradients.append(pull_back(step.upper_grad))
+            self.oracles += torch.tensor([problem.counts[name] for name in ORACLES], device=self.oracles.device)
+            if due:
+                logs.append(self._diagnose(problem, z, y))
+        gradient = mean_over_processes(tree.mean(gradients))
+        norm = tree.norm(gradient)
+        if not torch.isfinite(norm):
+            raise BilevelError(
+                f"The hypergradient is {norm.item()} at upper iteration {self.global_step}: the lower level has probably "
+                f"diverged. Lower the step size of the lower level (dynamics.lr); x and y stay at their last values."
+            )
+        self._step_upper(gradient, norm)
+        if self.hooks.persistent_lower:
+            tree.assign(self.hooks.lower, y)
+        if due:
+            self._log_step(tree.mean(logs), norm)
+
+    def _start(self, x: Params) -> Params:
+        if self.cold_start is not None:
+            return self.cold_start.get()
+        return tree.detach(self.hooks.initial_lower({name: t for name, t in x.items() if "/" not in name}))
+
+    def _step_upper(self, gradient: Params, norm: Tensor) -> None:
+        """Steps, projects and schedules x."""
+        optimizer = self.optimizers()
+        scale = 1.0 if self.upper_clip_norm is None else (self.upper_clip_norm / norm).clamp(max=1.0)
+        for name, p in self.upper_parameters().items():
+            p.grad = gradient[name] * scale
+        optimizer.step()  # type: ignore[union-attr]
+        optimizer.zero_grad()  # type: ignore[union-attr]
+        upper = self.hooks.upper
+        with torch.no_grad():
+            tree.assign(upper, self.hooks.project_upper(tree.clone(tree.of(upper))))
+        scheduler = self.lr_schedulers()
+        if scheduler is not None:
+            scheduler.step()  # type: ignore[union-attr, call-arg]
+
+    def _check(self, problem: BilevelProblem, x: Params, y: Params) -> None:
+        """Looks at the losses once, before anything has changed."""
+        x, y = tree.leaf(x), tree.leaf(y)
+        used: set[str] = set()
+        for name, loss in (("upper_loss", problem.f), ("lower_loss", problem.g)):
+            value = loss(x, y)
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise BilevelError(f"{name} must return a scalar tensor, got {shape}; take its mean or sum.")
+            if not torch.isfinite(value):
+                raise BilevelError(f"{name} is {value.item()} on the first batch; look for NaN or Inf in the data.")
+            inputs = {**{f"x {n}": t for n, t in x.items()}, **{f"y {n}": t for n, t in y.items()}}
+            if value.requires_grad:
+                grads = torch.autograd.grad(value, [*inputs.values()], allow_unused=True)
+                used |= {n for n, g in zip(inputs, grads, strict=True) if g is not None}
+                if name == "lower_loss" and not any(n.startswith("y ") for n in used):
+                    raise BilevelError("lower_loss does not depend on any parameter of self.lower.")
+        unused = [n for n in x if f"x {n}" not in used and "/" not in n]
+        if unused:
+            rank_zero_warn(f"The losses use no gradient of the upper variables {unused}: they will not be learnt.")
+        self._checked = True
+
+    def _diagnose(self, problem: BilevelProblem, x: Params, y: Params) -> Params:
+        y = tree.leaf(y)
+        with torch.enable_grad():
+            lower_loss = problem.g(x, y)
+            stationarity = tree.norm(tree.grad(lower_loss, y)[0])
+        with torch.no_grad():
+            return {
+                "train/upper_loss": problem.f(x, y),
+                "train/lower_loss": lower_loss.detach(),
+                "train/stationarity": stationarity,
+            }
+
+    def _log_step(self, logs: Params, norm: Tensor) -> None:
+        logs["train/hypergradient_norm"] = norm
+        logs = mean_over_processes(logs)
+        for name, p in self.learnable.items():
+            logs[f"train/{name}"] = p.detach()
+        bar = ("train/upper_loss", "train/lower_loss", "train/hypergradient_norm")
+        for name, value in logs.items():
+            self.log(name, value.float(), prog_bar=name in bar, batch_size=1)
+        counts = {f"oracle/{n}": c.float() for n, c in zip(ORACLES, self.oracles, strict=True) if c > 0}
+        self.log_dict(counts, batch_size=1)
+
+    @override
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    @override
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: Any, stage: str) -> None:
+        """Logs the task's metrics at the current y, or at the y solved for each episode where y does not persist."""
+        with torch.inference_mode(False), torch.enable_grad():
+            batch = apply_to_collection(batch, Tensor, torch.clone)
+            x = tree.clone(self.upper_parameters())
+            results = []
+            for episode in self.hooks.episodes(batch):
+                problem, z, _ = bind(self.hooks, episode, x, mean_over_processes)
+                y = tree.clone(self.hooks.initial_lower({n: t for n, t in x.items() if "/" not in n}))
+                if not self.hooks.persistent_lower:
+                    y = self.solve_lower(problem, z, y)
+                with torch.no_grad():
+                    metrics = Functional(self.hooks).at(x, y, "metrics", episode)
+                    results.append({"upper_loss": problem.f(z, y), **metrics})
+        for name, value in tree.mean(results).items():
+            self.log(f"{stage}/{name}", value.float(), sync_dist=True, batch_size=len(results), prog_bar=name == "accuracy")
+
+    @override
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.hooks.predict(batch)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        checkpoint["random_state"] = {"torch": torch.get_rng_state(), "cuda": cuda}
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer is not None and self._trainer.training and "random_state" in checkpoint:
+            torch.set_rng_state(checkpoint["random_state"]["torch"].cpu())
+            if torch.cuda.is_available():
+                torch.cuda.set_rng_state_all([s.cpu() for s in checkpoint["random_state"]["cuda"]])
+
+
+def _plain(value: Any) -> bool:
+    """Whether a hyper-parameter can be stored in a checkpoint that loads without unpickling code."""
+    if isinstance(value, dict):
+        return all(map(_plain, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)

@@ -1,0 +1,61 @@
+"""Step-size schedules as small typed values: ``schedule(t)`` is the value at step ``t = 0, 1, 2, ...``."""
+
+from abc import ABC, abstractmethod
+
+from bilevel_lightning.errors import positive
+
+
+class Schedule(ABC):
+    """A positive number that depends on the step ``t``."""
+
+    @abstractmethod
+    def __call__(self, t: int) -> float:
+        """Returns the value at step ``t``, counted from 0."""
+
+
+class Linear(Schedule):
+    """``start + (end - start) min(t / steps, 1)``: a ramp that then stays at ``end``.
+
+    Args:
+        start: value at ``t = 0``.
+        end: value from ``t = steps`` on.
+        steps: length of the ramp, in steps.
+    """
+
+    def __init__(self, start: float, end: float, steps: int) -> None:
+        self.start, self.end = positive("Linear.start", start), positive("Linear.end", end)
+        self.steps = int(positive("Linear.steps", steps))
+
+    def __call__(self, t: int) -> float:
+        return self.start + (self.end - self.start) * min(t / self.steps, 1.0)
+
+
+class InverseTime(Schedule):
+    """``initial * halving / (halving + t)``: the decreasing step of stochastic approximation.
+
+    Args:
+        initial: value at ``t = 0``.
+        halving: number of steps after which half of ``initial`` is left (gamma in BSGM: Grazzi, Pontil, Salzo,
+            "Bilevel Optimization with a Lower-level Contraction", JMLR 2023).
+    """
+
+    def __init__(self, initial: float, halving: float) -> None:
+        self.initial, self.halving = positive("InverseTime.initial", initial), positive("InverseTime.halving", halving)
+
+    def __call__(self, t: int) -> float:
+        return self.initial * self.halving / (self.halving + t)
+
+
+class Power(Schedule):
+    """``initial * (t + 1) ** exponent``.
+
+    Args:
+        initial: value at ``t = 0``.
+        exponent: negative to decrease, e.g. -0.5.
+    """
+
+    def __init__(self, initial: float, exponent: float) -> None:
+        self.initial, self.exponent = positive("Power.initial", initial), exponent
+
+    def __call__(self, t: int) -> float:
+        return float(self.initial * (t + 1) ** self.exponent)

@@ -1,0 +1,94 @@
+"""What a user writes to state a bilevel problem: two losses over two groups of parameters."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from pytorch_lightning import Callback, LightningDataModule
+from torch import Tensor, nn
+
+from bilevel_lightning import tree
+from bilevel_lightning.errors import BilevelError
+from bilevel_lightning.tree import Params
+
+
+class Minibatches(list[Any]):
+    """Several minibatches of one level in one upper iteration; lower step ``t`` uses entry ``t mod len``."""
+
+
+class Bilevel:
+    r"""The members that state ``min_x f(x, y*(x))  s.t.  y*(x) in argmin_y g(x, y)``.
+
+    They can be defined on a `BilevelTask`, which any algorithm accepts as ``task=``, or on a subclass of an
+    algorithm. Losses are plain PyTorch that reads parameters through ``self.upper`` and ``self.lower``; the engine
+    evaluates them at other values by swapping the parameters (`torch.func.functional_call`).
+
+    Attributes:
+        upper: module whose trainable parameters are the upper variables x.
+        lower: module whose trainable parameters are the lower variables y.
+        persistent_lower: True (default): one y for the whole run, shared by all processes. False: y is solved anew
+            for each episode, from `initial_lower`.
+    """
+
+    upper: nn.Module
+    lower: nn.Module
+    persistent_lower: bool = True
+
+    def upper_loss(self, batch: Any) -> Tensor:
+        """Returns f(x, y), a scalar, on the upper part of a batch."""
+        raise BilevelError(f"{type(self).__name__} does not define upper_loss(batch); pass task=... or define it.")
+
+    def lower_loss(self, batch: Any) -> Tensor:
+        """Returns g(x, y), a scalar, on the lower part of a batch (one minibatch)."""
+        raise BilevelError(f"{type(self).__name__} does not define lower_loss(batch); pass task=... or define it.")
+
+    def initial_lower(self, upper: Params) -> Params:
+        """Returns y_0(x) by the names of ``self.lower``; default: the current y. MAML returns ``upper`` itself."""
+        return tree.of(self.lower)
+
+    def episodes(self, batch: Any) -> Sequence[Any]:
+        """Splits a batch into independent lower problems, whose hypergradients are averaged; default: one."""
+        return [batch]
+
+    def prepare(self, batch: Any) -> Any:
+        """Returns the batch with whatever depends on x but not on y computed once per upper iteration.
+
+        Tensors that require gradients in the result (such as a backbone's features) become upper variables of that
+        problem, and their gradient is pulled back to x with one vector-Jacobian product, so every algorithm stays
+        exact.
+        """
+        return batch
+
+    def project_upper(self, upper: Params) -> Params:
+        """Projects x on its feasible set after each upper step; default: none."""
+        return upper
+
+    def project_lower(self, upper: Params, lower: Params) -> Params:
+        """Projects y on its feasible set after each lower step; default: none."""
+        return lower
+
+    def prox_lower(self, upper: Params, lower: Params, step: float | Tensor) -> Params:
+        """Proximal map of a nonsmooth lower term with step size ``step``; default: `project_lower`."""
+        return self.project_lower(upper, lower)
+
+    def fixed_point_map(self, batch: Any) -> Params:
+        """Returns Phi(x, y), the next y, for `dynamics.FixedPoint` (equilibrium models)."""
+        raise BilevelError(f"{type(self).__name__} does not define fixed_point_map(batch), which FixedPoint needs.")
+
+    def metrics(self, batch: Any) -> dict[str, Tensor]:
+        """Returns scalars to log at validation and test, evaluated at the solved y; default: none."""
+        return {}
+
+    def predict(self, batch: Any) -> Any:
+        """Returns what ``bilevel-fit predict`` gives for a batch; default: the lower module's output."""
+        return self.lower(batch)
+
+    def check_data(self, datamodule: LightningDataModule) -> None:
+        """Called before a run, after the data are set up: raise `BilevelError` if they do not fit; default: nothing."""
+
+    def callbacks(self) -> list[Callback]:
+        """Returns the figures and reports of this task; a callback of the same class in the trainer replaces one."""
+        return []
+
+
+class BilevelTask(Bilevel, nn.Module):
+    """A bilevel problem that any algorithm can solve: subclass, set ``upper`` and ``lower``, define the two losses."""

@@ -1,0 +1,94 @@
+"""Arithmetic on named tensors, ``dict[str, Tensor]``: the form of ``x``, ``y`` and every derivative."""
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+Params: TypeAlias = dict[str, Tensor]
+
+
+def of(module: nn.Module) -> Params:
+    """Returns the trainable parameters of ``module`` by name; frozen ones (``requires_grad=False``) are left out."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def detach(tree: Params) -> Params:
+    """Returns the same values, cut off from any graph (no copy)."""
+    return {name: t.detach() for name, t in tree.items()}
+
+
+def leaf(tree: Params) -> Params:
+    """Returns the same values as fresh leaves that require gradients (no copy)."""
+    return {name: t.detach().requires_grad_() for name, t in tree.items()}
+
+
+def clone(tree: Params) -> Params:
+    """Returns detached copies."""
+    return {name: t.detach().clone() for name, t in tree.items()}
+
+
+def zeros_like(tree: Params) -> Params:
+    """Returns zeros of the same shapes, types and devices."""
+    return {name: torch.zeros_like(t) for name, t in tree.items()}
+
+
+def axpy(a: float | Tensor, x: Params, y: Params) -> Params:
+    """Returns ``a x + y``."""
+    if isinstance(a, Tensor):
+        return {name: torch.addcmul(y[name], a, t) for name, t in x.items()}
+    return {name: torch.add(y[name], t, alpha=a) for name, t in x.items()}
+
+
+def dot(x: Params, y: Params) -> Tensor:
+    """Returns the inner product, a scalar."""
+    return torch.stack([torch.sum(t * y[name]) for name, t in x.items()]).sum()
+
+
+def norm(x: Params) -> Tensor:
+    """Returns the Euclidean norm over all entries of all tensors, a scalar."""
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in x.values()]))
+
+
+def mean(trees: Sequence[Params]) -> Params:
+    """Returns the average of trees with equal names."""
+    if len(trees) == 1:
+        return trees[0]
+    return {name: torch.stack([tree[name] for tree in trees]).mean(0) for name in trees[0]}
+
+
+@torch.no_grad()
+def assign(module: nn.Module, values: Params) -> None:
+    """Writes ``values`` into the parameters of ``module`` in place."""
+    for name, p in of(module).items():
+        p.copy_(values[name])
+
+
+def grad(output: Tensor, *inputs: Params, create_graph: bool = False) -> tuple[Params, ...]:
+    """Returns the gradients of a scalar, one tree an input; what does not influence ``output`` gets zeros."""
+    return vjp([output], [None], *inputs, create_graph=create_graph)
+
+
+def vjp(
+    outputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
+    *inputs: Params,
+    create_graph: bool = False,
+    retain_graph: bool | None = None,
+) -> tuple[Params, ...]:
+    """Returns the vector-Jacobian products ``sum_i cotangent_i^T d output_i / d input``, one tree an input."""
+    pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    if not pairs:
+        return tuple(zeros_like(tree) for tree in inputs)
+    flat = iter(
+        torch.autograd.grad(
+            [o for o, _ in pairs],
+            [t for tree in inputs for t in tree.values()],
+            [c for _, c in pairs],
+            create_graph=create_graph,
+            retain_graph=retain_graph,
+            materialize_grads=True,
+        )
+    )
+    return tuple({name: next(flat) for name in tree} for tree in inputs)

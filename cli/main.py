@@ -1,0 +1,192 @@
+"""``bilevel-fit``: trains, tests and applies what a config describes."""
+
+import csv
+import json
+import sys
+import tempfile
+from argparse import ArgumentError
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningDataModule, Trainer
+from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from typing_extensions import override
+
+# Importing the parts is what lets a config name them by class name alone.
+from bilevel_lightning import BilevelError, algorithms, callbacks, datamodules, dynamics, models, schedules, tasks  # noqa: F401
+from bilevel_lightning.module import BilevelModule
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+DEFAULT = "hyper_cleaning/digits_trhg"
+CHECKPOINT_WORDS = ("last", "best", "hpc")
+
+
+def shipped_configs() -> list[str]:
+    """Returns the names of the configs that come with the package, such as ``hyper_cleaning/mnist_trhg``."""
+    return sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
+
+
+def config_path(name: str) -> str:
+    """Returns the path of a config file or of a shipped config.
+
+    Raises:
+        BilevelError: if it is neither.
+    """
+    shipped = CONFIGS / f"{name.removesuffix('.yaml')}.yaml"
+    if Path(name).is_file():
+        return name
+    if shipped.is_file():
+        return str(shipped)
+    raise BilevelError(f"--config {name} is neither a file nor a shipped config; shipped are {', '.join(shipped_configs())}.")
+
+
+def complete(args: list[str]) -> list[str]:
+    """Makes the subcommand explicit, finds shipped configs and puts a checkpoint's settings before the user's."""
+    command, *rest = args if args and args[0] in LightningCLI.subcommands() else ["fit", *args]
+    out: list[str] = []
+    checkpoint = None
+    config = False
+    for i, token in enumerate(rest):
+        option, equals, value = token.partition("=")
+        previous = rest[i - 1] if i else ""
+        if previous in ("--config", "-c"):
+            token = config_path(token)
+        elif option in ("--config", "-c") and equals:
+            token = f"{option}={config_path(value)}"
+        config |= option in ("--config", "-c")
+        if previous == "--ckpt_path" or (option == "--ckpt_path" and equals):
+            checkpoint = value if equals else token
+        out.append(token)
+    if checkpoint is not None and checkpoint not in CHECKPOINT_WORDS:
+        out = [*checkpoint_settings(checkpoint), *out]
+    elif not config and not any(token.partition("=")[0] == "--data" for token in rest):
+        out = ["--config", config_path(DEFAULT), *out]
+    return [command, *out]
+
+
+def checkpoint_settings(path: str) -> list[str]:
+    """Returns the model's and the data's settings of a checkpoint as command-line arguments.
+
+    Raises:
+        BilevelError: if there is no checkpoint at ``path``.
+    """
+    if not Path(path).is_file():
+        raise BilevelError(f"--ckpt_path {path} does not exist.")
+    try:
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise BilevelError(f"--ckpt_path {path} is not a checkpoint that loads without running code: {error}") from error
+    args = []
+    for option, key in (("--model", "hyper_parameters"), ("--data", "datamodule_hyper_parameters")):
+        settings = {k: v for k, v in checkpoint.get(key, {}).items() if k != "_instantiator"}
+        if "_class_path" in settings:
+            args += [option, json.dumps({"class_path": settings.pop("_class_path"), "init_args": settings})]
+    return args
+
+
+class BilevelCLI(LightningCLI):
+    """Lightning's command line, with shipped configs by name, ``fit`` implied, and errors in one line."""
+
+    @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = super().init_parser(**kwargs)
+        parser.description = (
+            f"{parser.description or ''} Bilevel optimization: min_x f(x, y*(x)) s.t. y*(x) in argmin_y g(x, y). "
+            f"Without arguments: --config {DEFAULT}. --config takes a file or a shipped config: "
+            f"{', '.join(shipped_configs())}. Classes go by name (--model RHG --model.task HyperCleaning); their settings "
+            "are listed by --model.help RHG, --data.help MNISTCleaning. --print_config shows all of a run's settings."
+        )
+        return parser
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        if args is None or isinstance(args, list):
+            args = complete(sys.argv[1:] if args is None else args)
+            self.config = parser.parse_args(args)
+            self.run_name = self._name(args)
+        else:
+            self.config, self.run_name = parser.parse_object(args), "run"
+
+    @staticmethod
+    def _name(args: list[str]) -> str:
+        named = [a.partition("=")[2] or b for a, b in zip(args, [*args[1:], ""], strict=True) if a.split("=")[0] in ("--config", "-c")]
+        if not named:
+            return "run"
+        path = Path(named[0]).resolve().with_suffix("")
+        return path.relative_to(CONFIGS).as_posix() if path.is_relative_to(CONFIGS) else path.name
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """A checkpoint's settings are read before the user's (see `complete`), so that they never replace them."""
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        settings = self._get(self.config_init, "trainer")
+        if settings["fast_dev_run"] or settings["barebones"]:
+            return super().instantiate_trainer(**kwargs)
+        root = Path(settings["default_root_dir"])
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=root):
+                pass
+        except OSError as error:
+            raise BilevelError(f"Cannot write to trainer.default_root_dir {root}: {error.strerror}. Name another.") from error
+        if settings["logger"] in (None, True):
+            tensorboard = TensorBoardLogger(str(root), name=self.run_name, default_hp_metric=False)
+            kwargs["logger"] = [tensorboard, CSVLogger(str(root), name=self.run_name, version=tensorboard.version)]
+        return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        """Says where the run is written."""
+        if self.trainer.log_dir is not None:
+            rank_zero_info(f"Logs, checkpoints and figures: {self.trainer.log_dir} (tensorboard --logdir {self.trainer.log_dir})")
+
+    @rank_zero_only
+    def after_predict(self) -> None:
+        """Writes what the task predicts, a dictionary of columns, as ``predictions.csv`` beside the logs."""
+        batches: Any = self.trainer.predict_loop.predictions
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "predictions.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            for i, columns in enumerate(batches):
+                columns = columns if isinstance(columns, dict) else {"output": columns}
+                if i == 0:
+                    writer.writerow(columns)
+                writer.writerows(zip(*(c.tolist() for c in columns.values()), strict=True))
+        rank_zero_info(f"Predictions: {folder / 'predictions.csv'}")
+
+
+def fit(args: list[str] | None = None) -> None:
+    """Runs ``bilevel-fit``; ends the process with status 2 and one message where a person has to mend something.
+
+    Args:
+        args: arguments; None: those of the process.
+    """
+    quiet: dict[str, Any] = {"exit_on_error": False}
+    try:
+        BilevelCLI(
+            BilevelModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={
+                "default_root_dir": "runs",
+                "max_epochs": -1,
+                "max_steps": 100,
+                "log_every_n_steps": 1,
+                "num_sanity_val_steps": 0,
+            },
+            parser_kwargs={**quiet, **{name: dict(quiet) for name in LightningCLI.subcommands()}},
+            args=args,
+        )
+    except (BilevelError, MisconfigurationException, ArgumentError) as error:
+        print(f"bilevel-fit: error: {getattr(error, 'message', error)}", file=sys.stderr)  # noqa: T201
+        sys.exit(2)

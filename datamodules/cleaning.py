@@ -1,0 +1,313 @@
+"""Data hyper-cleaning: a training set with wrong labels (lower level), a small clean set (upper level), a test set."""
+
+import os
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from pytorch_lightning import LightningDataModule
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torchvision import datasets
+from torchvision.datasets.folder import default_loader
+from torchvision.datasets.utils import check_integrity
+from typing_extensions import override
+
+from bilevel_lightning.datamodules.iterations import Iterations, Whole, draw
+from bilevel_lightning.errors import BilevelError
+from bilevel_lightning.task import Minibatches
+
+
+class Source(NamedTuple):
+    """Images and labels of one file set: images are uint8 arrays or file names, decoded only when selected."""
+
+    images: Any
+    labels: Tensor
+
+
+class CleaningData(LightningDataModule):
+    r"""Base of the hyper-cleaning data modules.
+
+    A shuffle with ``seed`` gives the first ``train_samples`` images to the lower level, the next ``val_samples`` to the
+    upper level. Of the training labels exactly ``round(noise_rate * train_samples)`` are replaced by a different class,
+    uniformly. Images are floats in [0, 1] without further normalisation, shape ``(samples, channels, height, width)``.
+
+    Training batches are ``{"lower": (images, labels, index), "upper": (images, labels)}``, ``index`` being the numbers
+    of the training samples. Validation and test batches also hold ``"clean"``, which says for each training sample
+    whether its label is right; the losses never see it. With several processes each gets every world-size-th sample.
+
+    Args:
+        root: folder of the data; default: the environment variable ``BILEVEL_DATA_DIR``, else ``data``.
+        download: fetch missing files, with checksums. Default True.
+        train_samples: number of training samples, lower level. Default 5000.
+        val_samples: number of clean validation samples, upper level. Default 5000.
+        noise_rate: share rho of replaced training labels, 0 <= rho < 1. Default 0.5.
+        lower_batch_size: minibatch size of the lower level; None (default): all samples at once.
+        upper_batch_size: minibatch size of the upper level; None (default): all samples at once.
+        epoch_length: upper iterations an epoch, after which validation runs. Default 10.
+        seed: of the split, of the label noise and of the minibatches. Default 0.
+        label_noise: ``different`` (default): a replaced label is always wrong. ``any``: drawn from all classes, so that
+            one in ten stays right, as in the released code of IAPTT-GM and PBGD.
+        test_split: ``official`` (default): the official test set. ``train``: 10,000 further images of the training
+            file, as in the same codes.
+
+    Attributes:
+        train: images, labels given, indices.
+        clean: whether each training label is right, shape ``(train_samples,)``. Samples that were drawn for
+            replacement count as not clean even where ``label_noise: any`` kept their label, as in those codes.
+        val: images and labels of the upper level.
+        test: images and labels of the test set.
+        true_labels: the training labels before the noise.
+
+    Raises:
+        BilevelError: if a setting is impossible or the data are missing or damaged.
+    """
+
+    image_shape: tuple[int, int, int]
+    classes = 10
+    levels = 255.0
+
+    def __init__(
+        self,
+        root: str | None = None,
+        download: bool = True,
+        train_samples: int = 5000,
+        val_samples: int = 5000,
+        noise_rate: float = 0.5,
+        lower_batch_size: int | None = None,
+        upper_batch_size: int | None = None,
+        epoch_length: int = 10,
+        seed: int = 0,
+        label_noise: Literal["different", "any"] = "different",
+        test_split: Literal["official", "train"] = "official",
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if not 0 <= noise_rate < 1:
+            raise BilevelError(f"data.noise_rate must be in [0, 1), got {noise_rate}.")
+        sizes = {"train_samples": train_samples, "val_samples": val_samples, "epoch_length": epoch_length}
+        batches = {"lower_batch_size": (lower_batch_size, train_samples), "upper_batch_size": (upper_batch_size, val_samples)}
+        for name, value in sizes.items():
+            if value < 1:
+                raise BilevelError(f"data.{name} must be at least 1, got {value}.")
+        for name, (size, samples) in batches.items():
+            if size is not None and not 1 <= size <= samples:
+                raise BilevelError(f"data.{name} must be between 1 and the {samples} samples of its level, got {size}.")
+        self.root = Path(root or os.environ.get("BILEVEL_DATA_DIR", "data")).expanduser()
+        self.download = download
+        self.train_samples, self.val_samples, self.noise_rate = train_samples, val_samples, noise_rate
+        self.lower_batch_size, self.upper_batch_size = lower_batch_size, upper_batch_size
+        self.epoch_length, self.seed = epoch_length, seed
+        self.label_noise, self.test_split = label_noise, test_split
+
+    @abstractmethod
+    def source(self, train: bool) -> Source:
+        """Returns the training or the official test file set."""
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        if hasattr(self, "clean"):
+            return
+        source = self.source(train=True)
+        rng = np.random.default_rng(self.seed)
+        order = rng.permutation(len(source.labels))
+        n, m = self.train_samples, self.val_samples
+        rest = order[n + m :][:10_000]
+        if n + m > len(order) or (self.test_split == "train" and len(rest) == 0):
+            raise BilevelError(
+                f"data.train_samples={n} and data.val_samples={m} leave no test image of the {len(order)} images that "
+                f"{type(self).__name__} has; lower them."
+            )
+        images, self.true_labels = self._take(source, order[:n])
+        labels, self.clean = self._corrupt(rng, self.true_labels)
+        self.train = (images, labels, torch.arange(n))
+        self.val = self._take(source, order[n : n + m])
+        if self.test_split == "train":
+            self.test = self._take(source, rest)
+        else:
+            official = self.source(train=False)
+            self.test = self._take(official, np.arange(len(official.labels)))
+
+    def _take(self, source: Source, index: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
+        chosen = [source.images[i] for i in index]
+        if chosen and isinstance(chosen[0], str):
+            chosen = [np.asarray(default_loader(name)) for name in chosen]
+        images = torch.from_numpy(np.stack([np.asarray(image) for image in chosen]))
+        images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+        images = images.contiguous().float() / self.levels
+        broken = (~torch.isfinite(images)).flatten(1).any(1).nonzero().flatten()
+        if len(broken):
+            raise BilevelError(f"{type(self).__name__}: {len(broken)} images hold NaN or Inf, the first is number "
+                               f"{int(index[int(broken[0])])}; repair or remove them.")
+        return images, source.labels[torch.from_numpy(np.asarray(index))]
+
+    def _corrupt(self, rng: np.random.Generator, labels: Tensor) -> tuple[Tensor, Tensor]:
+        n = len(labels)
+        chosen = torch.from_numpy(rng.permutation(n)[: round(self.noise_rate * n)])
+        if self.label_noise == "different":
+            shift = torch.from_numpy(rng.integers(1, self.classes, len(chosen)))
+            wrong = (labels[chosen] + shift) % self.classes
+        else:
+            wrong = torch.from_numpy(rng.integers(0, self.classes, len(chosen)))
+        given, clean = labels.clone(), torch.ones(n, dtype=torch.bool)
+        given[chosen], clean[chosen] = wrong, False
+        return given, clean
+
+    # Loaders. The data are moved to the training device once; a batch is a view or a gather there.
+
+    @override
+    def train_dataloader(self) -> Iterations:
+        assert self.trainer is not None
+        device, rank, world = self.trainer.strategy.root_device, self.trainer.global_rank, self.trainer.world_size
+        module: Any = self.trainer.lightning_module
+        levels = [
+            (tuple(t.to(device) for t in data), size)
+            for data, size in ((self.train, self.lower_batch_size), (self.val, self.upper_batch_size))
+        ]
+
+        def take(data: tuple[Tensor, ...], index: Tensor | slice) -> tuple[Tensor, ...]:
+            return tuple(t[index] for t in data)
+
+        def batch(k: int) -> dict[str, Any]:
+            parts: list[Any] = []
+            for level, ((data, size), number) in enumerate(zip(levels, module.minibatches(k), strict=True)):
+                samples = len(data[0])
+                share = slice(rank, (size or samples) // world * world, world)
+                if size is None:
+                    parts.append(take(data, share))
+                else:
+                    drawn = [draw(self.seed, k, level, i, samples, size)[share].to(device) for i in range(number)]
+                    parts.append(Minibatches([take(data, index) for index in drawn]))
+            upper = parts[1][0] if isinstance(parts[1], Minibatches) else parts[1]
+            return {"lower": parts[0], "upper": upper}
+
+        return Iterations(batch, self.epoch_length, self.trainer)
+
+    @override
+    def val_dataloader(self) -> Whole:
+        return Whole({"lower": self.train, "upper": self.val, "clean": self.clean})
+
+    @override
+    def test_dataloader(self) -> Whole:
+        return Whole({"lower": self.train, "upper": self.test, "clean": self.clean})
+
+    @override
+    def predict_dataloader(self) -> Whole:
+        return Whole(self.train)
+
+
+class DigitsCleaning(CleaningData):
+    """Hyper-cleaning of scikit-learn's 8x8 digits, which come with that package: 1,797 images, no download.
+
+    Images that belong to neither level are the test set (597 with the defaults).
+
+    Args:
+        train_samples: as in `CleaningData`. Default 600.
+        val_samples: as in `CleaningData`. Default 600.
+        noise_rate: as in `CleaningData`.
+        lower_batch_size: as in `CleaningData`.
+        upper_batch_size: as in `CleaningData`.
+        epoch_length: as in `CleaningData`.
+        seed: as in `CleaningData`.
+        label_noise: as in `CleaningData`.
+    """
+
+    image_shape = (1, 8, 8)
+    levels = 16.0
+
+    def __init__(
+        self,
+        train_samples: int = 600,
+        val_samples: int = 600,
+        noise_rate: float = 0.5,
+        lower_batch_size: int | None = None,
+        upper_batch_size: int | None = None,
+        epoch_length: int = 10,
+        seed: int = 0,
+        label_noise: Literal["different", "any"] = "different",
+    ) -> None:
+        super().__init__(
+            train_samples=train_samples,
+            val_samples=val_samples,
+            noise_rate=noise_rate,
+            lower_batch_size=lower_batch_size,
+            upper_batch_size=upper_batch_size,
+            epoch_length=epoch_length,
+            seed=seed,
+            label_noise=label_noise,
+            test_split="train",
+        )
+
+    @override
+    def source(self, train: bool) -> Source:
+        digits = load_digits()
+        return Source(digits.images, torch.from_numpy(digits.target))
+
+
+class MNISTCleaning(CleaningData):
+    """Hyper-cleaning of MNIST, read from ``root/MNIST/raw`` (torchvision's layout)."""
+
+    image_shape = (1, 28, 28)
+    dataset: type[datasets.MNIST] = datasets.MNIST
+
+    @override
+    def prepare_data(self) -> None:
+        self.source(train=True)
+
+    @override
+    def source(self, train: bool) -> Source:
+        folder = self.root / self.dataset.__name__ / "raw"
+        for name, md5 in self.dataset.resources:
+            if (folder / name).exists() and not check_integrity(str(folder / name), md5):
+                raise BilevelError(f"{folder / name} is damaged (its md5 sum is not {md5}); delete it and start again.")
+        try:
+            data = self.dataset(str(self.root), train=train, download=self.download)
+        except Exception as error:
+            names = ", ".join(name for name, _ in self.dataset.resources)
+            raise missing(self, folder, names, error) from error
+        return Source(data.data, data.targets)
+
+
+class FashionMNISTCleaning(MNISTCleaning):
+    """Hyper-cleaning of Fashion-MNIST, read from ``root/FashionMNIST/raw`` (torchvision's layout)."""
+
+    dataset = datasets.FashionMNIST
+
+
+class CIFAR10Cleaning(CleaningData):
+    """Hyper-cleaning of CIFAR-10.
+
+    Read from ``root/cifar-10-batches-py`` (torchvision's layout), else from the class folders
+    ``root/cifar10/{train,test}/<class>/*`` with any image files; only the selected images are decoded.
+    """
+
+    image_shape = (3, 32, 32)
+
+    @override
+    def prepare_data(self) -> None:
+        self.source(train=True)
+
+    @override
+    def source(self, train: bool) -> Source:
+        folder = self.root / "cifar10" / ("train" if train else "test")
+        batches = self.root / datasets.CIFAR10.base_folder
+        try:
+            if folder.is_dir() and not batches.is_dir():
+                files = datasets.ImageFolder(str(folder))
+                return Source([name for name, _ in files.samples], torch.tensor(files.targets))
+            data = datasets.CIFAR10(str(self.root), train=train, download=self.download)
+        except Exception as error:
+            names = f"{datasets.CIFAR10.filename} unpacked, or class folders in {folder}"
+            raise missing(self, batches, names, error) from error
+        return Source(data.data, torch.tensor(data.targets))
+
+
+def missing(data: CleaningData, folder: Path, names: str, error: Exception) -> BilevelError:
+    """Returns the error that says which files are expected where."""
+    reason = f"downloading failed ({error})" if data.download else "data.download is false"
+    return BilevelError(
+        f"{type(data).__name__} found no complete data in {folder}, and {reason}. "
+        f"Put {names} there, set data.root or the environment variable BILEVEL_DATA_DIR, or allow data.download."
+    )
