@@ -1,5 +1,6 @@
 """The one training loop of all algorithms."""
 
+import warnings
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
 
@@ -148,6 +149,8 @@ class BilevelModule(LightningModule, Bilevel, ABC):
                 f"precision {self.trainer.precision} cannot be used: its loss scaling does not reach hypergradients. "
                 "Choose 32-true, 64-true or bf16-mixed."
             )
+        # Its advice, to save the state before the optimizer's step, would not resume a bilevel run.
+        warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         datamodule = getattr(self.trainer, "datamodule", None)
         if datamodule is not None:
             self.hooks.check_data(datamodule)
@@ -176,13 +179,15 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             problem, z, pull_back = bind(self.hooks, episode, x, mean_over_processes)
             y = self._start(x)
             if not self._checked:
-                self._check(problem, z, y)
+                with self._aside():
+                    self._check(problem, z, y)
             step = self.bilevel_step(problem, z, y)
             y = step.lower
             gradients.append(pull_back(step.upper_grad))
             self.oracles += torch.tensor([problem.counts[name] for name in ORACLES], device=self.oracles.device)
             if due:
-                logs.append(self._diagnose(problem, z, y))
+                with self._aside():
+                    logs.append(self._diagnose(problem, z, y))
         gradient = mean_over_processes(tree.mean(gradients))
         norm = tree.norm(gradient)
         if not torch.isfinite(norm):
@@ -195,6 +200,10 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             tree.assign(self.hooks.lower, y)
         if due:
             self._log_step(tree.mean(logs), norm)
+
+    def _aside(self) -> Any:
+        """A context for what must not change the random numbers of training."""
+        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
 
     def _start(self, x: Params) -> Params:
         if self.cold_start is not None:
@@ -228,11 +237,13 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             if not torch.isfinite(value):
                 raise BilevelError(f"{name} is {value.item()} on the first batch; look for NaN or Inf in the data.")
             inputs = {**{f"x {n}": t for n, t in x.items()}, **{f"y {n}": t for n, t in y.items()}}
+            grads: Any = [None] * len(inputs)
             if value.requires_grad:
                 grads = torch.autograd.grad(value, [*inputs.values()], allow_unused=True)
-                used |= {n for n, g in zip(inputs, grads, strict=True) if g is not None}
-                if name == "lower_loss" and not any(n.startswith("y ") for n in used):
-                    raise BilevelError("lower_loss does not depend on any parameter of self.lower.")
+            reached = {n for n, g in zip(inputs, grads, strict=True) if g is not None}
+            if name == "lower_loss" and not any(n.startswith("y ") for n in reached):
+                raise BilevelError("lower_loss does not depend on any parameter of self.lower.")
+            used |= reached
         unused = [n for n in x if f"x {n}" not in used and "/" not in n]
         if unused:
             rank_zero_warn(f"The losses use no gradient of the upper variables {unused}: they will not be learnt.")
@@ -271,7 +282,7 @@ class BilevelModule(LightningModule, Bilevel, ABC):
 
     def _evaluate(self, batch: Any, stage: str) -> None:
         """Logs the task's metrics at the current y, or at the y solved for each episode where y does not persist."""
-        with torch.inference_mode(False), torch.enable_grad():
+        with self._aside(), torch.inference_mode(False), torch.enable_grad():
             batch = apply_to_collection(batch, Tensor, torch.clone)
             x = tree.clone(self.upper_parameters())
             results = []

@@ -2,14 +2,17 @@
 
 import csv
 import json
+import logging
 import sys
 import tempfile
+import warnings
 from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
 import torch
 from pytorch_lightning import LightningDataModule, Trainer
+from pytorch_lightning.callbacks import ProgressBar, TQDMProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
@@ -138,7 +141,11 @@ class BilevelCLI(LightningCLI):
         if settings["logger"] in (None, True):
             tensorboard = TensorBoardLogger(str(root), name=self.run_name, default_hp_metric=False)
             kwargs["logger"] = [tensorboard, CSVLogger(str(root), name=self.run_name, version=tensorboard.version)]
-        return super().instantiate_trainer(**kwargs)
+        callbacks = settings["callbacks"] if isinstance(settings["callbacks"], list) else [settings["callbacks"]]
+        callbacks = [callback for callback in callbacks if callback is not None]
+        if settings["enable_progress_bar"] in (None, True) and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(TQDMProgressBar())
+        return super().instantiate_trainer(**kwargs, callbacks=callbacks)
 
     def before_fit(self) -> None:
         """Says where the run is written."""
@@ -161,13 +168,39 @@ class BilevelCLI(LightningCLI):
         rank_zero_info(f"Predictions: {folder / 'predictions.csv'}")
 
 
+def explain(error: BaseException) -> str | None:
+    """Returns what a person should read of an error, or None where it is not theirs to mend.
+
+    The parser wraps what a constructor raises, and reports all it tried; only the reason is kept.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, BilevelError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is not None:
+        return str(cause)
+    if not isinstance(error, ArgumentError | MisconfigurationException):
+        return None
+    noise = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value")
+    lines = [line.strip() for line in str(getattr(error, "message", error)).splitlines()]
+    return " ".join(line.removeprefix("- ") for line in lines if not line.startswith(noise))
+
+
+def _quiet() -> None:
+    """Silences advertisements, and warnings of Lightning about its insides and about runs that write to a new folder."""
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
+    warnings.filterwarnings("ignore", message="The dirpath has changed from")
+
+
 def fit(args: list[str] | None = None) -> None:
     """Runs ``bilevel-fit``; ends the process with status 2 and one message where a person has to mend something.
 
     Args:
         args: arguments; None: those of the process.
     """
-    quiet: dict[str, Any] = {"exit_on_error": False}
+    _quiet()
+    raising: dict[str, Any] = {"exit_on_error": False}
     try:
         BilevelCLI(
             BilevelModule,
@@ -184,9 +217,12 @@ def fit(args: list[str] | None = None) -> None:
                 "log_every_n_steps": 1,
                 "num_sanity_val_steps": 0,
             },
-            parser_kwargs={**quiet, **{name: dict(quiet) for name in LightningCLI.subcommands()}},
+            parser_kwargs={**raising, **{name: dict(raising) for name in LightningCLI.subcommands()}},
             args=args,
         )
-    except (BilevelError, MisconfigurationException, ArgumentError) as error:
-        print(f"bilevel-fit: error: {getattr(error, 'message', error)}", file=sys.stderr)  # noqa: T201
+    except (ValueError, MisconfigurationException, ArgumentError) as error:
+        message = explain(error)
+        if message is None:
+            raise
+        print(f"bilevel-fit: error: {message}", file=sys.stderr)  # noqa: T201
         sys.exit(2)

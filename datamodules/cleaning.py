@@ -1,7 +1,9 @@
 """Data hyper-cleaning: a training set with wrong labels (lower level), a small clean set (upper level), a test set."""
 
 import os
+import random
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -47,7 +49,8 @@ class CleaningData(LightningDataModule):
         lower_batch_size: minibatch size of the lower level; None (default): all samples at once.
         upper_batch_size: minibatch size of the upper level; None (default): all samples at once.
         epoch_length: upper iterations an epoch, after which validation runs. Default 10.
-        seed: of the split, of the label noise and of the minibatches. Default 0.
+        seed: of the split, of the label noise and of the minibatches. Default 0. Split and noise use Python's generator
+            in the order of the released code of PBGD, so that with both options below seed 2424 gives its data.
         label_noise: ``different`` (default): a replaced label is always wrong. ``any``: drawn from all classes, so that
             one in ten stays right, as in the released code of IAPTT-GM and PBGD.
         test_split: ``official`` (default): the official test set. ``train``: 10,000 further images of the training
@@ -111,8 +114,9 @@ class CleaningData(LightningDataModule):
         if hasattr(self, "clean"):
             return
         source = self.source(train=True)
-        rng = np.random.default_rng(self.seed)
-        order = rng.permutation(len(source.labels))
+        rng = random.Random(self.seed)
+        order = list(range(len(source.labels)))
+        rng.shuffle(order)
         n, m = self.train_samples, self.val_samples
         rest = order[n + m :][:10_000]
         if n + m > len(order) or (self.test_split == "train" and len(rest) == 0):
@@ -128,31 +132,34 @@ class CleaningData(LightningDataModule):
             self.test = self._take(source, rest)
         else:
             official = self.source(train=False)
-            self.test = self._take(official, np.arange(len(official.labels)))
+            self.test = self._take(official, range(len(official.labels)))
 
-    def _take(self, source: Source, index: np.ndarray[Any, Any]) -> tuple[Tensor, Tensor]:
+    def _take(self, source: Source, index: Sequence[int]) -> tuple[Tensor, Tensor]:
         chosen = [source.images[i] for i in index]
         if chosen and isinstance(chosen[0], str):
-            chosen = [np.asarray(default_loader(name)) for name in chosen]
+            chosen = [default_loader(name) for name in chosen]
         images = torch.from_numpy(np.stack([np.asarray(image) for image in chosen]))
         images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
         images = images.contiguous().float() / self.levels
         broken = (~torch.isfinite(images)).flatten(1).any(1).nonzero().flatten()
         if len(broken):
-            raise BilevelError(f"{type(self).__name__}: {len(broken)} images hold NaN or Inf, the first is number "
-                               f"{int(index[int(broken[0])])}; repair or remove them.")
-        return images, source.labels[torch.from_numpy(np.asarray(index))]
+            raise BilevelError(
+                f"{type(self).__name__}: {len(broken)} images hold NaN or Inf, the first is number {index[int(broken[0])]} "
+                "of its file; repair or remove them."
+            )
+        return images, source.labels[list(index)]
 
-    def _corrupt(self, rng: np.random.Generator, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _corrupt(self, rng: random.Random, labels: Tensor) -> tuple[Tensor, Tensor]:
         n = len(labels)
-        chosen = torch.from_numpy(rng.permutation(n)[: round(self.noise_rate * n)])
-        if self.label_noise == "different":
-            shift = torch.from_numpy(rng.integers(1, self.classes, len(chosen)))
-            wrong = (labels[chosen] + shift) % self.classes
-        else:
-            wrong = torch.from_numpy(rng.integers(0, self.classes, len(chosen)))
+        chosen = list(range(n))
+        rng.shuffle(chosen)
         given, clean = labels.clone(), torch.ones(n, dtype=torch.bool)
-        given[chosen], clean[chosen] = wrong, False
+        for i in chosen[: round(self.noise_rate * n)]:
+            if self.label_noise == "any":
+                given[i] = rng.randint(0, self.classes - 1)
+            else:
+                given[i] = (labels[i] + rng.randint(1, self.classes - 1)) % self.classes
+            clean[i] = False
         return given, clean
 
     # Loaders. The data are moved to the training device once; a batch is a view or a gather there.

@@ -32,6 +32,13 @@ class Iterations:
         first = 0 if overfit else self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         return (self.batch(k) for k in range(first, first + self.length))
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns nothing: the trainer's progress is all the state; Lightning asks for this where a run can be resumed."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes what `state_dict` gave."""
+
 
 def draw(seed: int, k: int, level: int, number: int, samples: int, size: int) -> Tensor:
     """Returns the indices of minibatch ``number`` of a level in upper iteration ``k``, shape ``(size,)``.

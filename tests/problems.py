@@ -107,3 +107,12 @@ class Nonlinear(BilevelTask):
     def lower_loss(self, batch: object) -> Tensor:
         ridge = (self.upper.log_ridge.exp() * self.lower.w.square()).sum()
         return self.residual(0.1 * self.upper.shift).square().mean() + 0.1 * ridge
+
+
+class FromX(Nonlinear):
+    """The lower level starts at y_0 = (log_ridge / 2, mean of shift): the structure of MAML."""
+
+    persistent_lower = False
+
+    def initial_lower(self, upper):
+        return {"w": 0.5 * upper["log_ridge"], "b": upper["shift"].mean().reshape(1)}

@@ -5,11 +5,10 @@ import inspect
 
 import pytest
 import torch
-from problems import Nonlinear, Quadratic
-from pytorch_lightning import Trainer
-from torch.utils.data import DataLoader
+from loops import fit
+from problems import Quadratic
 
-from bilevel_lightning import Adam, GradientDescent, Momentum, Nesterov, algorithms, tree
+from bilevel_lightning import GradientDescent, algorithms, tree
 from bilevel_lightning.problem import bind
 
 ALGORITHMS = [getattr(algorithms, name) for name in algorithms.__all__]
@@ -74,19 +73,10 @@ def test_training_with_default_settings_solves_the_quadratic(algorithm):
         return float(0.5 * (y - task.c).square().sum() + 0.5 * task.rho * x.square().sum())
 
     start = objective(task.upper.x.detach())
-    fit(algorithm(task=task), steps=700)
+    run = fit(algorithm(task=task), 700, log_every_n_steps=50)
+    assert run.global_step == 700
     gap = (objective(task.upper.x.detach()) - objective(minimiser)) / (start - objective(minimiser))
     assert gap < 1e-3
-
-
-def fit(module, steps):
-    trainer = Trainer(
-        accelerator="cpu", max_steps=steps, max_epochs=-1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=50, num_sanity_val_steps=0,
-    )  # fmt: skip
-    trainer.fit(module, [[{"lower": torch.zeros(1), "upper": torch.zeros(1)}] * 100][0])
-    assert trainer.global_step == steps
-    return trainer
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

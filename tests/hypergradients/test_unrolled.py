@@ -2,7 +2,7 @@ import weakref
 
 import pytest
 import torch
-from problems import MerelyConvex, Nonlinear, Quadratic, StronglyConvex, Vector
+from problems import FromX, MerelyConvex, Nonlinear, Quadratic, StronglyConvex, Vector
 
 from bilevel_lightning import Adam, BilevelTask, FixedPoint, GradientDescent, Momentum, Nesterov, tree
 from bilevel_lightning.hypergradients import reverse
@@ -129,18 +129,9 @@ def test_limits_of_training_with_warm_start(task, truncation, limit, memory):
         assert float({**x, **y}[name]) == pytest.approx(value, abs=1e-5)
 
 
-class FromUpper(Nonlinear):
-    """The lower level starts at y_0 = (log_ridge, mean of shift): the structure of MAML."""
-
-    persistent_lower = False
-
-    def initial_lower(self, upper):
-        return {"w": 0.5 * upper["log_ridge"], "b": upper["shift"].mean().reshape(1)}
-
-
 @pytest.mark.parametrize("memory", ["graph", "recompute"])
 def test_derivative_through_the_start(memory):
-    task, dynamics = FromUpper(), Momentum(0.1, 0.5)
+    task, dynamics = FromX(), Momentum(0.1, 0.5)
     problem, x, _ = setup(task, dynamics)
 
     def objective(x):

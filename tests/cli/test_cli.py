@@ -1,0 +1,236 @@
+import csv
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import files
+import pytest
+import torch
+import yaml
+
+from bilevel_lightning import RHG, BilevelError
+from bilevel_lightning.cli import fit, shipped_configs
+from bilevel_lightning.cli.main import complete, config_path
+
+TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
+QUICK = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", "--trainer.accelerator", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Runs are written below the working folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*args):
+    fit([*args, *QUICK])
+
+
+def failure(capsys, *args):
+    """Returns the one line that a wrong call ends in."""
+    with pytest.raises(SystemExit) as end:
+        run(*args)
+    assert end.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line and not line.startswith("Seed set")]
+    assert len(lines) == 1
+    assert lines[0].startswith("bilevel-fit: error: ")
+    return lines[0]
+
+
+def checkpoint(folder="runs"):
+    (path,) = Path(folder).rglob("*.ckpt")
+    return path
+
+
+# Every shipped config, two iterations on tiny data.
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_shipped_configs_run(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("BILEVEL_DATA_DIR", str(tmp_path))
+    files.mnist(tmp_path)
+    files.mnist(tmp_path, "FashionMNIST")
+    files.cifar_folders(tmp_path, train=120)
+    run("--config", name, "--config", str(TINY))
+    folder = Path("runs") / name / "version_0"
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert saved["trainer"]["max_steps"] == 2
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len([row for row in rows if row["train/upper_loss"]]) == 2
+    assert [row for row in rows if row["report/learnt_weights"]]
+    assert list(folder.glob("events.out.tfevents.*"))
+    assert (folder / "suspicious_images.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_shipped_configs_say_what_they_are(name):
+    assert re.match(r"# \S.{20,}", Path(config_path(name)).read_text())
+
+
+# The arguments.
+
+
+def test_fit_and_the_default_config_are_implied():
+    default = config_path("hyper_cleaning/digits_trhg")
+    assert complete([]) == ["fit", "--config", default]
+    assert complete(["--trainer.max_steps", "3"]) == ["fit", "--config", default, "--trainer.max_steps", "3"]
+    assert complete(["test"]) == ["test", "--config", default]
+    assert complete(["--config=hyper_cleaning/mnist_trhg"])[1].endswith("configs/hyper_cleaning/mnist_trhg.yaml")
+    assert complete(["fit", "-c", str(TINY)]) == ["fit", "-c", str(TINY)]
+    assert complete(["--data", "DigitsCleaning"]) == ["fit", "--data", "DigitsCleaning"]
+    with pytest.raises(BilevelError, match="neither a file nor a shipped config; shipped are .*digits_trhg"):
+        complete(["--config", "hyper_cleaning/nothing"])
+
+
+def test_classes_go_by_short_names(capsys):
+    with pytest.raises(SystemExit):
+        fit(["--model", "RHG", "--model.dynamics", "Nesterov", "--model.dynamics.lr", "0.2", "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    model = printed["model"]
+    assert model["class_path"].endswith("RHG")
+    assert model["init_args"]["dynamics"]["class_path"].endswith("Nesterov")
+    assert model["init_args"]["dynamics"]["init_args"]["lr"] == 0.2
+    assert model["init_args"]["task"]["init_args"]["samples"] == 600  # kept from the default config
+    assert printed["trainer"]["max_steps"] == 100
+
+
+def test_help_names_the_configs_and_the_settings(capsys):
+    with pytest.raises(SystemExit) as end:
+        fit(["--help"])
+    assert end.value.code == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "hyper_cleaning/mnist_trhg" in out
+    assert "--model.help" in out
+    with pytest.raises(SystemExit):
+        fit(["fit", "--model.help", "TRHG"])
+    out = " ".join(capsys.readouterr().out.split())
+    assert "number K of last lower steps" in out
+    assert "--model.dynamics" in out
+    assert "optimizer of x" in out
+
+
+def test_module_and_script_are_the_command_line():
+    result = subprocess.run(
+        [sys.executable, "-m", "bilevel_lightning", "--config", "nothing"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("bilevel-fit: error: --config nothing is neither")
+
+
+# What can be wrong.
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model.lower_stepz", "3"], "Option 'lower_stepz' is not accepted"),
+        (["--model.lower_steps", "many"], 'Parser key "lower_steps": Expected a <class \'int\'>. Got value: many'),
+        (["--model.lower_steps", "0"], "lower_steps must be at least 1, got 0."),
+        (["--model.truncation", "101"], "truncation K=101 must be between 1 and lower_steps T=100"),
+        (["--model.dynamics.lr", "-1"], "Momentum.lr must be a positive number, got -1.0."),
+        (["--model.upper_optimizer.lr", "-1"], "upper_optimizer: Invalid learning rate: -1"),
+        (["--data.noise_rate", "1"], "data.noise_rate must be in [0, 1), got 1.0."),
+        (["--data.train_samples", "1700"], "data.train_samples=1700 and data.val_samples=600 leave no test image"),
+        (["--model.task.samples", "599"], "The task has 599 weights but the data 600 training samples"),
+        (["--model", "Nothing"], "Nothing"),
+        (["--ckpt_path", "nothing.ckpt"], "--ckpt_path nothing.ckpt does not exist."),
+        (["--trainer.gradient_clip_val", "1"], "Automatic gradient clipping is not supported for manual optimization"),
+        (["--data", "DigitsCleaning"], "the following arguments are required: fit.model"),
+        (["--trainer.default_root_dir", "/proc/nowhere"], "Cannot write to trainer.default_root_dir /proc/nowhere"),
+        (
+            ["--config", "hyper_cleaning/mnist_trhg", "--data.root", "nowhere", "--data.download", "false"],
+            "MNISTCleaning found no complete data in nowhere/MNIST/raw, and data.download is false. Put train-images",
+        ),
+    ],
+)
+def test_mistakes_end_in_one_message(capsys, args, message):
+    assert message in failure(capsys, *args)
+
+
+def test_a_config_of_a_future_version(capsys):
+    config = yaml.safe_load(Path(config_path("hyper_cleaning/digits_trhg")).read_text())
+    config["model"]["init_args"]["quantum"] = True
+    Path("future.yaml").write_text(yaml.safe_dump(config))
+    assert "Option 'quantum' is not accepted" in failure(capsys, "--config", "future.yaml")
+    config = {"trainer": {"quantum": True}}
+    Path("future.yaml").write_text(yaml.safe_dump(config))
+    assert "quantum" in failure(capsys, "--config", "future.yaml")
+
+
+def test_a_file_in_place_of_the_output_folder(capsys):
+    Path("taken").write_text("")
+    assert "Cannot write to trainer.default_root_dir taken" in failure(capsys, "--trainer.default_root_dir", "taken")
+
+
+def test_errors_of_our_own_keep_their_traceback(monkeypatch):
+    def broken(self, *args):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(RHG, "bilevel_step", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        run("--config", "hyper_cleaning/digits_trhg", "--config", str(TINY))
+
+
+# Checkpoints.
+
+
+def test_resume_test_validate_predict_and_load(capsys):
+    small = ["--config", "hyper_cleaning/digits_trhg", "--config", str(TINY)]
+    run(*small, "--trainer.default_root_dir", "first", "--model.lower_steps", "7")
+    path = str(checkpoint("first"))
+
+    module = RHG.load_from_checkpoint(path)  # bare
+    assert module.lower_steps == 7
+    assert module.truncation == 3
+    assert module.dynamics.lr == 0.3
+
+    # Nothing but the checkpoint: its own settings.
+    run("--ckpt_path", path, "--trainer.max_steps", "4", "--trainer.default_root_dir", "second")
+    second = RHG.load_from_checkpoint(checkpoint("second"))
+    assert second.lower_steps == 7
+    assert int(second.oracles[1]) == 4 * 7
+
+    # The user's word counts, not the checkpoint's.
+    args = ["--ckpt_path", path, "--trainer.max_steps", "4", "--trainer.default_root_dir", "third"]
+    run(*args, "--model.lower_steps", "9")
+    third = RHG.load_from_checkpoint(checkpoint("third"))
+    assert third.lower_steps == 9
+    assert int(third.oracles[1]) == 2 * 7 + 2 * 9
+
+    capsys.readouterr()
+    run("test", "--ckpt_path", path)
+    assert "test/accuracy" in capsys.readouterr().out
+    run("validate", "--ckpt_path", path)
+    assert "val/auroc" in capsys.readouterr().out
+    run("predict", "--ckpt_path", path, "--trainer.default_root_dir", "predicted")
+    (table,) = Path("predicted").rglob("predictions.csv")
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["index", "label", "predicted", "weight"]
+    assert [int(row["index"]) for row in rows] == list(range(len(module.task.upper.logits)))
+    weights = torch.tensor([float(row["weight"]) for row in rows])
+    torch.testing.assert_close(weights, torch.sigmoid(module.task.upper.logits.detach()))
+
+
+def test_interrupted_run_goes_on_to_the_bit():
+    """Minibatches, three of six iterations, a new start from the file in the middle of an epoch."""
+    args = [
+        "--config", "hyper_cleaning/digits_trhg", "--config", str(TINY), "--data.lower_batch_size", "16",
+        "--data.upper_batch_size", "16", "--data.epoch_length", "4",
+    ]  # fmt: skip
+    save = [
+        "--trainer.callbacks+", "ModelCheckpoint", "--trainer.callbacks.every_n_train_steps", "3",
+        "--trainer.callbacks.save_top_k", "-1", "--trainer.callbacks.filename", "step{step}",
+        "--trainer.callbacks.auto_insert_metric_name", "false",
+    ]  # fmt: skip
+    run(*args, *save, "--trainer.max_steps", "6", "--trainer.default_root_dir", "whole")
+    (middle,) = Path("whole").rglob("step3.ckpt")
+    (end,) = Path("whole").rglob("step6.ckpt")
+    run(*args, *save, "--trainer.max_steps", "6", "--trainer.default_root_dir", "rest", "--ckpt_path", str(middle))
+    (again,) = Path("rest").rglob("step6.ckpt")
+    first, second = (torch.load(path, weights_only=True)["state_dict"] for path in (end, again))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name

@@ -1,0 +1,164 @@
+import pytest
+import torch
+from problems import Nonlinear, Quadratic, Vector
+from torch import nn
+
+from bilevel_lightning import BilevelError, BilevelProblem, BilevelTask, GradientDescent, Minibatches, tree
+from bilevel_lightning.hypergradients import reverse
+from bilevel_lightning.problem import bind, split
+
+
+def identity(values):
+    return values
+
+
+def setup(task, batch=None):
+    problem, x, pull_back = bind(task, batch, tree.detach(tree.of(task.upper)), identity)
+    return problem, x, tree.detach(tree.of(task.lower)), pull_back
+
+
+def flat(values):
+    return torch.cat([t.flatten() for t in values.values()])
+
+
+def test_oracles_of_the_quadratic():
+    task = Quadratic()
+    problem, x, y, _ = setup(task)
+    vector = flat(y)
+    f_x, f_y = problem.grad_f(x, y)
+    torch.testing.assert_close(f_x["x"], task.rho * x["x"])
+    torch.testing.assert_close(flat(f_y), vector - task.c)
+    torch.testing.assert_close(flat(problem.grad_g(x, y)), task.A @ vector - task.B @ x["x"])
+    g_yy, g_xy = problem.hessian_products(x, y)
+    for _ in range(2):  # the graph serves any number of products
+        torch.testing.assert_close(flat(g_yy(y)), task.A @ vector)
+        torch.testing.assert_close(g_xy(y)["x"], -task.B.T @ vector)
+    assert problem.counts == {"upper_gradients": 1, "lower_gradients": 1, "hessian_products": 2, "cross_products": 2}
+
+
+def test_oracles_leave_the_task_alone():
+    task = Nonlinear()
+    before = {name: p.clone() for name, p in task.named_parameters()}
+    problem, x, y, _ = setup(task)
+    problem.grad_f(tree.axpy(1.0, x, x), y)
+    problem.grad_g(x, tree.axpy(1.0, y, y))
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in task.named_parameters())
+
+
+def test_untracked_gradient_has_no_graph_and_tracked_has_one():
+    problem, x, y, _ = setup(Nonlinear())
+    assert not any(t.requires_grad for t in problem.grad_g(tree.leaf(x), y).values())
+    assert all(t.requires_grad for t in problem.grad_g(tree.leaf(x), tree.leaf(y), track=True).values())
+
+
+def test_frozen_parameters_are_left_out():
+    task = Nonlinear()
+    task.lower.b.requires_grad_(False)
+    problem, x, y, _ = setup(task)
+    assert list(y) == ["w"]
+    assert list(problem.grad_g(x, y)) == ["w"]
+    assert not task.lower.b.requires_grad
+
+
+def test_tied_parameters_are_one_variable():
+    class Tied(BilevelTask):
+        def __init__(self):
+            super().__init__()
+            self.upper = Vector(x=torch.tensor(0.5, dtype=torch.float64))
+            self.lower = nn.Module()
+            self.lower.a = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+            self.lower.b = self.lower.a
+
+        def lower_loss(self, batch):
+            return self.lower.a * self.lower.b * self.upper.x
+
+    problem, x, y, _ = setup(Tied())
+    assert list(y) == ["a"]
+    moved = {"a": torch.tensor(3.0, dtype=torch.float64)}
+    assert float(problem.g(x, moved)) == 4.5
+    assert float(problem.grad_g(x, moved)["a"]) == 3.0
+
+
+def test_minibatches_go_round():
+    class Mean(BilevelTask):
+        def __init__(self):
+            super().__init__()
+            self.upper, self.lower = Vector(x=torch.zeros(1)), Vector(y=torch.ones(1))
+
+        def lower_loss(self, batch):
+            return (self.lower.y * batch).sum()
+
+    batch = {"lower": Minibatches([torch.tensor(2.0), torch.tensor(5.0)]), "upper": None}
+    problem, x, y, _ = setup(Mean(), batch)
+    assert [float(problem.grad_g(x, y, t)["y"]) for t in range(4)] == [2.0, 5.0, 2.0, 5.0]
+
+
+@pytest.mark.parametrize(("keys", "expected"), [(("lower", "upper"), (1, 2)), (("support", "query"), (1, 2))])
+def test_names_of_the_levels(keys, expected):
+    assert split(dict(zip(keys, expected, strict=True))) == expected
+    assert split("anything") == ("anything", "anything")
+    with pytest.raises(BilevelError, match=r"keys 'lower' and 'upper' .* got \['image', 'label'\]"):
+        split({"image": 1, "label": 2})
+
+
+class Features(BilevelTask):
+    """A shared backbone (upper) and a head (lower); the ridge factor is used beside the features."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.upper = nn.ModuleDict({"body": nn.Sequential(nn.Linear(3, 5), nn.Tanh())}).double()
+        self.upper.register_parameter("ridge", nn.Parameter(torch.tensor(-1.0, dtype=torch.float64)))
+        self.lower = nn.Linear(5, 2).double()
+        self.calls = 0
+
+    def features(self, images):
+        self.calls += 1
+        return self.upper["body"](images)
+
+    def loss(self, features, labels):
+        return nn.functional.cross_entropy(self.lower(features), labels)
+
+    def lower_loss(self, batch):
+        ridge = self.upper.ridge.exp() * self.lower.weight.square().sum()
+        return self.loss(self.features(batch[0]), batch[1]) + ridge
+
+    def upper_loss(self, batch):
+        return self.loss(self.features(batch[0]), batch[1]) + 0.1 * self.upper.ridge.square()
+
+
+class Prepared(Features):
+    def prepare(self, batch):
+        return {level: (self.features(images), labels) for level, (images, labels) in batch.items()}
+
+    def lower_loss(self, batch):
+        return self.loss(*batch) + self.upper.ridge.exp() * self.lower.weight.square().sum()
+
+    def upper_loss(self, batch):
+        return self.loss(*batch) + 0.1 * self.upper.ridge.square()
+
+
+@pytest.mark.parametrize("memory", ["graph", "recompute"])
+def test_prepare_is_exact_and_computes_features_once(memory):
+    generator = torch.Generator().manual_seed(2)
+    draw = lambda: (torch.randn(8, 3, generator=generator).double(), torch.arange(8) % 2)  # noqa: E731
+    batch = {"lower": draw(), "upper": draw()}
+    results = []
+    for task in (Features(), Prepared()):
+        problem, x, y, pull_back = setup(task, batch)
+        gradient, y_end = reverse(problem, GradientDescent(0.5), x, y, 6, memory=memory)
+        results.append((pull_back(gradient), y_end, task.calls))
+    (plain, y_plain, _), (shared, y_shared, calls) = results
+    assert list(plain) == list(shared)
+    torch.testing.assert_close(flat(shared), flat(plain), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(flat(y_shared), flat(y_plain), rtol=1e-12, atol=1e-14)
+    assert calls == 2  # once for each level, whatever T
+
+
+def test_a_problem_from_two_functions():
+    problem = BilevelProblem(lambda x, y: (y["y"] - 1).square().sum(), lambda x, y: (y["y"] - x["x"]).square().sum())
+    x, y = {"x": torch.tensor([3.0])}, {"y": torch.tensor([0.0])}
+    gradient, y = reverse(problem, GradientDescent(0.5), x, y, 1)
+    assert (float(gradient["x"]), float(y["y"])) == (4.0, 3.0)
+    with pytest.raises(BilevelError, match="no fixed-point map"):
+        problem.fixed_point(x, y)
