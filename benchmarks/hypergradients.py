@@ -137,7 +137,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "linear": lambda: Case("MNIST linear, 5000 + 5000 images, T = 100", LinearNet(), linear, (5000, 5000), 100),
     "convnet": lambda: Case("ConvNet-4, 25 + 75 images, T = 20", ConvNet(width=32, blocks=4), convnet, (25, 75), 20),
 }
-ROWS = {"plain": plain, "loop": loop, "higher": with_higher} | {m: partial(ours, memory=m) for m in ("graph", "recompute")}
+ROWS = {"plain": plain, "loop": loop, "higher": with_higher} | {
+    m: partial(ours, memory=m) for m in ("graph", "recompute")
+}
 
 
 def check(case: Case) -> None:

@@ -126,7 +126,9 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             return
         for name in ("upper", "lower"):
             if not isinstance(getattr(self.hooks, name, None), nn.Module):
-                raise BilevelError(f"{type(self.hooks).__name__}.{name} must be a module that holds the {name} variables.")
+                raise BilevelError(
+                    f"{type(self.hooks).__name__}.{name} must be a module that holds the {name} variables."
+                )
         x, y = tree.of(self.hooks.upper), tree.of(self.hooks.lower)
         for name, values in (("upper", x), ("lower", y)):
             if not values:
@@ -173,7 +175,8 @@ class BilevelModule(LightningModule, Bilevel, ABC):
     @override
     def training_step(self, batch: Any, batch_idx: int) -> None:
         x = tree.detach(self.upper_parameters())
-        due = self.trainer.log_every_n_steps and (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        due = every and (self.global_step + 1) % every == 0
         gradients, logs, y = [], [], {}
         for episode in self.hooks.episodes(batch):
             problem, z, pull_back = bind(self.hooks, episode, x, mean_over_processes)
@@ -192,8 +195,8 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         norm = tree.norm(gradient)
         if not torch.isfinite(norm):
             raise BilevelError(
-                f"The hypergradient is {norm.item()} at upper iteration {self.global_step}: the lower level has probably "
-                f"diverged. Lower the step size of the lower level (dynamics.lr); x and y stay at their last values."
+                f"The hypergradient is {norm.item()} at upper iteration {self.global_step}: the lower level has "
+                "probably diverged. Lower the step size of the lower level (dynamics.lr); x and y stay at their last values."
             )
         self._step_upper(gradient, norm)
         if self.hooks.persistent_lower:
@@ -223,7 +226,7 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             tree.assign(upper, self.hooks.project_upper(tree.clone(tree.of(upper))))
         scheduler = self.lr_schedulers()
         if scheduler is not None:
-            scheduler.step()  # type: ignore[union-attr, call-arg]
+            scheduler.step()  # type: ignore[union-attr]
 
     def _check(self, problem: BilevelProblem, x: Params, y: Params) -> None:
         """Looks at the losses once, before anything has changed."""
@@ -295,7 +298,9 @@ class BilevelModule(LightningModule, Bilevel, ABC):
                     metrics = Functional(self.hooks).at(x, y, "metrics", episode)
                     results.append({"upper_loss": problem.f(z, y), **metrics})
         for name, value in tree.mean(results).items():
-            self.log(f"{stage}/{name}", value.float(), sync_dist=True, batch_size=len(results), prog_bar=name == "accuracy")
+            self.log(
+                f"{stage}/{name}", value.float(), sync_dist=True, batch_size=len(results), prog_bar=name == "accuracy"
+            )
 
     @override
     def predict_step(self, batch: Any, batch_idx: int) -> Any:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from typing_extensions import override
 
 from bilevel_lightning import tree
 from bilevel_lightning.errors import BilevelError
@@ -121,6 +122,7 @@ class Functional(nn.Module):
         super().__init__()
         self.task = task
 
+    @override
     def forward(self, method: str, *args: Any) -> Any:
         return getattr(self.task, method)(*args)
 

@@ -2,6 +2,8 @@
 
 from abc import ABC, abstractmethod
 
+from typing_extensions import override
+
 from bilevel_lightning.errors import positive
 
 
@@ -26,6 +28,7 @@ class Linear(Schedule):
         self.start, self.end = positive("Linear.start", start), positive("Linear.end", end)
         self.steps = int(positive("Linear.steps", steps))
 
+    @override
     def __call__(self, t: int) -> float:
         return self.start + (self.end - self.start) * min(t / self.steps, 1.0)
 
@@ -42,6 +45,7 @@ class InverseTime(Schedule):
     def __init__(self, initial: float, halving: float) -> None:
         self.initial, self.halving = positive("InverseTime.initial", initial), positive("InverseTime.halving", halving)
 
+    @override
     def __call__(self, t: int) -> float:
         return self.initial * self.halving / (self.halving + t)
 
@@ -57,5 +61,6 @@ class Power(Schedule):
     def __init__(self, initial: float, exponent: float) -> None:
         self.initial, self.exponent = positive("Power.initial", initial), exponent
 
+    @override
     def __call__(self, t: int) -> float:
         return float(self.initial * (t + 1) ** self.exponent)

@@ -48,7 +48,9 @@ def dot(x: Params, y: Params) -> Tensor:
 
 def norm(x: Params) -> Tensor:
     """Returns the Euclidean norm over all entries of all tensors, a scalar."""
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t) for t in x.values()]))
+    norms = torch.stack([torch.linalg.vector_norm(t) for t in x.values()])
+    total: Tensor = torch.linalg.vector_norm(norms)
+    return total
 
 
 def mean(trees: Sequence[Params]) -> Params:

@@ -1,6 +1,7 @@
 """``bilevel-fit``: trains, tests and applies what a config describes."""
 
 import csv
+import itertools
 import json
 import logging
 import sys
@@ -11,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningDataModule, Trainer
 from pytorch_lightning.callbacks import ProgressBar, TQDMProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
-from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
 # Importing the parts is what lets a config name them by class name alone.
@@ -44,31 +45,25 @@ def config_path(name: str) -> str:
         return name
     if shipped.is_file():
         return str(shipped)
-    raise BilevelError(f"--config {name} is neither a file nor a shipped config; shipped are {', '.join(shipped_configs())}.")
+    raise BilevelError(
+        f"--config {name} is neither a file nor a shipped config; shipped are {', '.join(shipped_configs())}."
+    )
 
 
 def complete(args: list[str]) -> list[str]:
     """Makes the subcommand explicit, finds shipped configs and puts a checkpoint's settings before the user's."""
     command, *rest = args if args and args[0] in LightningCLI.subcommands() else ["fit", *args]
-    out: list[str] = []
-    checkpoint = None
-    config = False
-    for i, token in enumerate(rest):
-        option, equals, value = token.partition("=")
-        previous = rest[i - 1] if i else ""
-        if previous in ("--config", "-c"):
-            token = config_path(token)
-        elif option in ("--config", "-c") and equals:
-            token = f"{option}={config_path(value)}"
-        config |= option in ("--config", "-c")
-        if previous == "--ckpt_path" or (option == "--ckpt_path" and equals):
-            checkpoint = value if equals else token
-        out.append(token)
-    if checkpoint is not None and checkpoint not in CHECKPOINT_WORDS:
-        out = [*checkpoint_settings(checkpoint), *out]
-    elif not config and not any(token.partition("=")[0] == "--data" for token in rest):
-        out = ["--config", config_path(DEFAULT), *out]
-    return [command, *out]
+    equals = ("--config=", "-c=", "--ckpt_path=")
+    tokens = [part for token in rest for part in (token.split("=", 1) if token.startswith(equals) else [token])]
+    for i, option in enumerate(tokens[:-1]):
+        if option in ("--config", "-c"):
+            tokens[i + 1] = config_path(tokens[i + 1])
+    checkpoints = [value for option, value in itertools.pairwise(tokens) if option == "--ckpt_path"]
+    if checkpoints and checkpoints[-1] not in CHECKPOINT_WORDS:
+        tokens = [*checkpoint_settings(checkpoints[-1]), *tokens]
+    elif not {"--config", "-c", "--data"} & {token.partition("=")[0] for token in tokens}:
+        tokens = ["--config", config_path(DEFAULT), *tokens]
+    return [command, *tokens]
 
 
 def checkpoint_settings(path: str) -> list[str]:
@@ -82,7 +77,9 @@ def checkpoint_settings(path: str) -> list[str]:
     try:
         checkpoint = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
-        raise BilevelError(f"--ckpt_path {path} is not a checkpoint that loads without running code: {error}") from error
+        raise BilevelError(
+            f"--ckpt_path {path} is not a checkpoint that loads without running code: {error}"
+        ) from error
     args = []
     for option, key in (("--model", "hyper_parameters"), ("--data", "datamodule_hyper_parameters")):
         settings = {k: v for k, v in checkpoint.get(key, {}).items() if k != "_instantiator"}
@@ -100,8 +97,8 @@ class BilevelCLI(LightningCLI):
         parser.description = (
             f"{parser.description or ''} Bilevel optimization: min_x f(x, y*(x)) s.t. y*(x) in argmin_y g(x, y). "
             f"Without arguments: --config {DEFAULT}. --config takes a file or a shipped config: "
-            f"{', '.join(shipped_configs())}. Classes go by name (--model RHG --model.task HyperCleaning); their settings "
-            "are listed by --model.help RHG, --data.help MNISTCleaning. --print_config shows all of a run's settings."
+            f"{', '.join(shipped_configs())}. Classes go by name (--model RHG --model.task HyperCleaning); their "
+            "settings are listed by --model.help RHG, --data.help MNISTCleaning. --print_config shows all of a run's settings."
         )
         return parser
 
@@ -116,7 +113,7 @@ class BilevelCLI(LightningCLI):
 
     @staticmethod
     def _name(args: list[str]) -> str:
-        named = [a.partition("=")[2] or b for a, b in zip(args, [*args[1:], ""], strict=True) if a.split("=")[0] in ("--config", "-c")]
+        named = [value for option, value in itertools.pairwise(args) if option in ("--config", "-c")]
         if not named:
             return "run"
         path = Path(named[0]).resolve().with_suffix("")
@@ -137,31 +134,36 @@ class BilevelCLI(LightningCLI):
             with tempfile.TemporaryFile(dir=root):
                 pass
         except OSError as error:
-            raise BilevelError(f"Cannot write to trainer.default_root_dir {root}: {error.strerror}. Name another.") from error
+            raise BilevelError(
+                f"Cannot write to trainer.default_root_dir {root}: {error.strerror}. Name another."
+            ) from error
         if settings["logger"] in (None, True):
             tensorboard = TensorBoardLogger(str(root), name=self.run_name, default_hp_metric=False)
             kwargs["logger"] = [tensorboard, CSVLogger(str(root), name=self.run_name, version=tensorboard.version)]
-        callbacks = settings["callbacks"] if isinstance(settings["callbacks"], list) else [settings["callbacks"]]
-        callbacks = [callback for callback in callbacks if callback is not None]
-        if settings["enable_progress_bar"] in (None, True) and not any(isinstance(c, ProgressBar) for c in callbacks):
-            callbacks.append(TQDMProgressBar())
-        return super().instantiate_trainer(**kwargs, callbacks=callbacks)
+        given = settings["callbacks"] if isinstance(settings["callbacks"], list) else [settings["callbacks"]]
+        given = [callback for callback in given if callback is not None]
+        if settings["enable_progress_bar"] in (None, True) and not any(isinstance(c, ProgressBar) for c in given):
+            given.append(TQDMProgressBar())
+        return super().instantiate_trainer(**kwargs, callbacks=given)
 
     def before_fit(self) -> None:
         """Says where the run is written."""
         if self.trainer.log_dir is not None:
-            rank_zero_info(f"Logs, checkpoints and figures: {self.trainer.log_dir} (tensorboard --logdir {self.trainer.log_dir})")
+            rank_zero_info(
+                f"Logs, checkpoints and figures: {self.trainer.log_dir} (tensorboard --logdir {self.trainer.log_dir})"
+            )
 
-    @rank_zero_only
     def after_predict(self) -> None:
         """Writes what the task predicts, a dictionary of columns, as ``predictions.csv`` beside the logs."""
         batches: Any = self.trainer.predict_loop.predictions
-        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)
+        folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # all processes agree on it
+        if not self.trainer.is_global_zero:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "predictions.csv").open("w", newline="") as file:
             writer = csv.writer(file)
-            for i, columns in enumerate(batches):
-                columns = columns if isinstance(columns, dict) else {"output": columns}
+            for i, batch in enumerate(batches):
+                columns = batch if isinstance(batch, dict) else {"output": batch}
                 if i == 0:
                     writer.writerow(columns)
                 writer.writerows(zip(*(c.tolist() for c in columns.values()), strict=True))
@@ -186,8 +188,10 @@ def explain(error: BaseException) -> str | None:
 
 
 def _quiet() -> None:
-    """Silences advertisements, and warnings of Lightning about its insides and about runs that write to a new folder."""
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.getMessage())
+    """Silences advertisements, and Lightning's warnings about its insides and about a run in a new folder."""
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(
+        lambda record: "Tip:" not in record.getMessage()
+    )
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     warnings.filterwarnings("ignore", message="Experiment logs directory .* exists and is not empty")
     warnings.filterwarnings("ignore", message="The dirpath has changed from")

@@ -91,7 +91,12 @@ class CleaningData(LightningDataModule):
         if not 0 <= noise_rate < 1:
             raise BilevelError(f"data.noise_rate must be in [0, 1), got {noise_rate}.")
         sizes = {"train_samples": train_samples, "val_samples": val_samples, "epoch_length": epoch_length}
-        batches = {"lower_batch_size": (lower_batch_size, train_samples), "upper_batch_size": (upper_batch_size, val_samples)}
+        batches = {
+            "lower_batch_size": (lower_batch_size, train_samples),
+            "upper_batch_size": (upper_batch_size, val_samples),
+        }
+        if round(noise_rate * train_samples) == train_samples > 0:
+            raise BilevelError(f"data.noise_rate={noise_rate} leaves no right label of {train_samples}; lower it.")
         for name, value in sizes.items():
             if value < 1:
                 raise BilevelError(f"data.{name} must be at least 1, got {value}.")
@@ -144,8 +149,8 @@ class CleaningData(LightningDataModule):
         broken = (~torch.isfinite(images)).flatten(1).any(1).nonzero().flatten()
         if len(broken):
             raise BilevelError(
-                f"{type(self).__name__}: {len(broken)} images hold NaN or Inf, the first is number {index[int(broken[0])]} "
-                "of its file; repair or remove them."
+                f"{type(self).__name__}: {len(broken)} images hold NaN or Inf, the first is number "
+                f"{index[int(broken[0])]} of its file; repair or remove them."
             )
         return images, source.labels[list(index)]
 

@@ -1,4 +1,4 @@
-"""A stream of upper iterations, each a function of its number: resumable anywhere, equal for any number of processes."""
+"""A stream of upper iterations, each a function of its number: resumable anywhere, equal for all processes."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,12 +28,12 @@ class Iterations:
         return self.length
 
     def __iter__(self) -> Iterator[Any]:
-        overfit = self.trainer.overfit_batches > 0
+        overfit = self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
         first = 0 if overfit else self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         return (self.batch(k) for k in range(first, first + self.length))
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns nothing: the trainer's progress is all the state; Lightning asks for this where a run can be resumed."""
+        """Returns nothing: the trainer's progress is all the state. Lightning takes its presence as "resumable"."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

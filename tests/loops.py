@@ -6,7 +6,6 @@ import torch
 from pytorch_lightning import Trainer
 
 
-
 class Batches:
     """A loader that repeats one batch."""
 

@@ -25,7 +25,7 @@ class Quadratic(BilevelTask):
     def __init__(self, n: int = 6, m: int = 4, seed: int = 0, rho: float = 0.3) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+        draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
         q, _ = torch.linalg.qr(draw(n, n))
         self.A = q @ torch.diag(torch.linspace(1, 4, n, dtype=torch.float64)) @ q.T
         self.B, self.c, self.rho = draw(n, m), draw(n), rho
@@ -93,7 +93,7 @@ class Nonlinear(BilevelTask):
     def __init__(self, seed: int = 1) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+        draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
         self.inputs, self.targets = draw(12, 3), draw(12)
         self.upper = Vector(log_ridge=draw(3), shift=draw(12))
         self.lower = Vector(w=0.3 * draw(3), b=draw(1))

@@ -90,7 +90,7 @@ def test_scheduler_clipping_and_projection():
         def project_upper(self, upper):
             return {"x": upper["x"].clamp(-0.01, 0.01)}
 
-    scheduler = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.1)  # noqa: E731
+    scheduler = lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.1)
     task = Boxed()
     run = fit(RHG(task=task, upper_scheduler=scheduler), 4)
     assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(1e-4)
@@ -157,7 +157,7 @@ def test_resuming_is_exact_to_the_bit(tmp_path, algorithm, warm_start):
     def module():
         torch.manual_seed(0)
         dynamics = Adam(0.05, learn_lr=True)
-        scheduler = lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9)  # noqa: E731
+        scheduler = lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.9)
         return algorithm(
             task=Noisy(), dynamics=dynamics, lower_steps=12, upper_scheduler=scheduler, warm_start=warm_start
         ).double()
@@ -211,14 +211,26 @@ def loss_is(value):
         (lambda: RHG(truncation=0), "truncation K=0 must be between 1"),
         (lambda: RHG(memory="disk"), "memory must be 'graph' or 'recompute', got 'disk'"),
         (lambda: RHG(upper_clip_norm=0.0), "upper_clip_norm must be a positive number, got 0.0"),
-        (lambda: fit(RHG(task=Quadratic(), upper_optimizer=sgd(-1.0)), 1), "upper_optimizer: Invalid learning rate: -1"),
+        (
+            lambda: fit(RHG(task=Quadratic(), upper_optimizer=sgd(-1.0)), 1),
+            "upper_optimizer: Invalid learning rate: -1",
+        ),
         (lambda: fit(RHG(task=Quadratic(), upper_optimizer=torch.optim.LBFGS), 1), "LBFGS needs a closure"),
         (lambda: fit(RHG(), 1), "RHG.upper must be a module that holds the upper variables"),
         (lambda: fit(RHG(task=loss_is(lambda t: t.y())), 1), r"lower_loss must return a scalar tensor, got \(6,\)"),
         (lambda: fit(RHG(task=loss_is(lambda t: 1.0)), 1), "lower_loss must return a scalar tensor, got float"),
-        (lambda: fit(RHG(task=loss_is(lambda t: t.y().sum() * float("nan"))), 1), "lower_loss is nan on the first batch"),
-        (lambda: fit(RHG(task=loss_is(lambda t: t.upper.x.sum())), 1), "does not depend on any parameter of self.lower"),
-        (lambda: fit(RHG(task=Quadratic(), dynamics=GradientDescent(1e9)), 3), r"hypergradient is (nan|inf).*dynamics.lr"),
+        (
+            lambda: fit(RHG(task=loss_is(lambda t: t.y().sum() * float("nan"))), 1),
+            "lower_loss is nan on the first batch",
+        ),
+        (
+            lambda: fit(RHG(task=loss_is(lambda t: t.upper.x.sum())), 1),
+            "does not depend on any parameter of self.lower",
+        ),
+        (
+            lambda: fit(RHG(task=Quadratic(), dynamics=GradientDescent(1e9)), 3),
+            r"hypergradient is (nan|inf).*dynamics.lr",
+        ),
         (lambda: fit(RHG(task=Quadratic(), dynamics=FixedPoint()), 1), "does not define fixed_point_map"),
         (lambda: fit(RHG(task=BilevelTask()), 1), "BilevelTask.upper must be a module"),
     ],

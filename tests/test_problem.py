@@ -141,7 +141,7 @@ class Prepared(Features):
 @pytest.mark.parametrize("memory", ["graph", "recompute"])
 def test_prepare_is_exact_and_computes_features_once(memory):
     generator = torch.Generator().manual_seed(2)
-    draw = lambda: (torch.randn(8, 3, generator=generator).double(), torch.arange(8) % 2)  # noqa: E731
+    draw = lambda: (torch.randn(8, 3, generator=generator).double(), torch.arange(8) % 2)
     batch = {"lower": draw(), "upper": draw()}
     results = []
     for task in (Features(), Prepared()):

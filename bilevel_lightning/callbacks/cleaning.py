@@ -58,8 +58,12 @@ class SuspiciousImages(Callback):
         rows = -(-len(order) // 8)
         figure = Figure(figsize=(9, 1.35 * rows + 0.6), layout="constrained")
         step = trainer.global_step
-        figure.suptitle(f"Smallest weights after {step} upper iterations: label given, weight (red: label is wrong)", size=10)
-        for axis, i in zip(figure.subplots(rows, 8, squeeze=False).flat, [*order, *[None] * (rows * 8 - len(order))], strict=True):
+        figure.suptitle(
+            f"Smallest weights after {step} upper iterations: label given, weight (red: label is wrong)", size=10
+        )
+        for axis, i in zip(
+            figure.subplots(rows, 8, squeeze=False).flat, [*order, *[None] * (rows * 8 - len(order))], strict=True
+        ):
             axis.axis("off")
             if i is not None:
                 axis.imshow(images[i].permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
@@ -74,11 +78,11 @@ class SuspiciousImages(Callback):
             writer.add_figure("suspicious_images", self.figure(trainer, pl_module), trainer.global_step)
 
     @override
-    @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.log_dir is not None:
-            Path(trainer.log_dir).mkdir(parents=True, exist_ok=True)
-            self.figure(trainer, pl_module).savefig(Path(trainer.log_dir) / "suspicious_images.png", dpi=120)
+        folder = trainer.log_dir  # all processes take part in agreeing on it
+        if folder is not None and trainer.is_global_zero:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.figure(trainer, pl_module).savefig(Path(folder) / "suspicious_images.png", dpi=120)
 
 
 class CleaningReport(Callback):
@@ -90,7 +94,7 @@ class CleaningReport(Callback):
     * *learnt weights*: w_i = sigmoid(x_i) of the run;
     * *all samples equally*: w_i = 1;
     * *validation data only*: training on the clean samples of the upper level;
-    * *clean samples only (oracle)*: w_i = 1 for samples with a right label, else 0; nobody has this outside experiments.
+    * *clean samples only (oracle)*: w_i = 1 for samples with a right label, else 0; unknown outside experiments.
 
     The first line of the table is y itself, the lower solution at the end of the run. The numbers go to the loggers as
     ``report/...`` too.
@@ -114,32 +118,37 @@ class CleaningReport(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and self.scratch is None:
-            self.scratch = deepcopy(pl_module.hooks.lower)  # type: ignore[union-attr, arg-type]
+            task: Any = pl_module.hooks
+            self.scratch = deepcopy(task.lower)
 
     @override
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         task: Any = pl_module.hooks
-        move = lambda tensors: tuple(t.to(pl_module.device) for t in tensors)  # noqa: E731
+        like = next(task.lower.parameters())
+
+        def move(part: tuple[Tensor, ...]) -> tuple[Any, ...]:
+            return (part[0].to(like), *(t.to(like.device) for t in part[1:]))
+
         (images, labels, index), val, test = move(data.train), move(data.val), move(data.test)
-        clean = data.clean.to(pl_module.device)
+        clean = data.clean.to(like.device)
         with torch.no_grad():
             found = task.metrics({"lower": (images, labels, index), "upper": test, "clean": clean})
             weights = task.upper(index)
         trainings = {
             "learnt weights": (images, labels, weights),
             "all samples equally": (images, labels, torch.ones_like(weights)),
-            "validation data only": (*val, torch.ones(len(val[1]), device=pl_module.device)),
+            "validation data only": (*val, torch.ones_like(val[0][:, 0, 0, 0])),
             "clean samples only (oracle)": (images[clean], labels[clean], torch.ones_like(weights[clean])),
         }
         rows = {"y at the end of the run": found.pop("accuracy")}
-        rows |= {name: self.retrain(*training, test) for name, training in trainings.items()}
+        rows |= {name: self.retrain(x, y, w, test) for name, (x, y, w) in trainings.items()}
         self.show(trainer, {name: float(v) for name, v in rows.items()}, {name: float(v) for name, v in found.items()})
 
-    def retrain(self, images: Tensor, labels: Tensor, weights: Tensor, test: tuple[Tensor, Tensor]) -> Tensor:
+    def retrain(self, images: Tensor, labels: Tensor, weights: Tensor, test: tuple[Any, ...]) -> Tensor:
         """Trains a copy of the model from scratch and returns its accuracy on the test set."""
-        model = deepcopy(self.scratch).to(images.device).train()  # type: ignore[union-attr]
+        model = deepcopy(self.scratch).to(images).train()  # type: ignore[union-attr]
         optimizer = self.optimizer(model.parameters())
         generator = torch.Generator().manual_seed(0)
         size = len(labels) if self.batch_size is None else min(self.batch_size, len(labels))
@@ -150,24 +159,27 @@ class CleaningReport(Callback):
                     x, y, w = images[i], labels[i], weights[i]
                 else:
                     x, y, w = images, labels, weights
-                loss = (w * cross_entropy(model(x), y, reduction="none")).sum() / w.sum()
+                loss: Tensor = (w * cross_entropy(model(x), y, reduction="none")).sum() / w.sum()
                 optimizer.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
         with torch.no_grad():
-            return (model.eval()(test[0]).argmax(1) == test[1]).float().mean()
+            right: Tensor = model.eval()(test[0]).argmax(1) == test[1]
+            return right.float().mean()
 
     def show(self, trainer: Trainer, rows: dict[str, float], found: dict[str, float]) -> None:
         """Prints and logs the report."""
-        table = Table(title=f"Test accuracy (trained from scratch for {self.steps} steps, but for the first line)")
+        table = Table(
+            title="What the weights are worth", caption=f"from scratch, {self.steps} steps (not the first line)"
+        )
         table.add_column("training data")
-        table.add_column("accuracy %", justify="right")
+        table.add_column("test accuracy %", justify="right")
         for name, value in rows.items():
             table.add_row(name, f"{100 * value:.2f}")
         console = Console()
         console.print(table)
         if found:
-            cleaning = Table(title="Which labels are right, according to the weights")
+            cleaning = Table(title="Which labels are right, by the weights")
             for name in found:
                 cleaning.add_column(name.replace("_", " "), justify="right")
             cleaning.add_row(*(f"{value:.3f}" for value in found.values()))

@@ -32,7 +32,9 @@ class ConvNet(nn.Sequential):
         most = min(height, rows).bit_length() - 1
         blocks = min(4, most) if blocks is None else blocks
         if not 1 <= blocks <= most:
-            raise BilevelError(f"ConvNet.blocks must be between 1 and {most} for images of {height}x{rows}, got {blocks}.")
+            raise BilevelError(
+                f"ConvNet.blocks must be between 1 and {most} for images of {height}x{rows}, got {blocks}."
+            )
         if width < 8 or width % 8:
             raise BilevelError(f"ConvNet.width must be a multiple of 8, got {width}.")
         layers: list[nn.Module] = []

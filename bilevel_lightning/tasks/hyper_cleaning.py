@@ -62,7 +62,8 @@ class HyperCleaning(BilevelTask):
 
     def __init__(self, model: nn.Module, samples: int = 5000, l2: float = 0.0) -> None:
         super().__init__()
-        self.upper, self.lower = SampleWeights(int(positive("HyperCleaning.samples", samples))), model
+        self.upper: SampleWeights = SampleWeights(int(positive("HyperCleaning.samples", samples)))
+        self.lower = model
         if l2 < 0:
             raise BilevelError(f"HyperCleaning.l2 must not be negative, got {l2}.")
         self.l2 = l2
@@ -75,7 +76,7 @@ class HyperCleaning(BilevelTask):
     @override
     def lower_loss(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         images, labels, index = batch
-        loss = (self.upper(index) * cross_entropy(self.lower(images), labels, reduction="none")).mean()
+        loss: Tensor = (self.upper(index) * cross_entropy(self.lower(images), labels, reduction="none")).mean()
         if self.l2:
             loss = loss + self.l2 * torch.stack([p.square().sum() for p in self.lower.parameters()]).sum()
         return loss
@@ -107,23 +108,23 @@ class HyperCleaning(BilevelTask):
 
     @override
     def check_data(self, datamodule: LightningDataModule) -> None:
-        images, _, index = datamodule.train  # type: ignore[attr-defined]
-        samples = len(self.upper.logits)  # type: ignore[arg-type]
-        if len(index) != samples:
+        data: Any = datamodule
+        images, _, index = data.train
+        logits = self.upper.logits
+        if len(index) != len(logits):
             raise BilevelError(
-                f"The task has {samples} weights but the data {len(index)} training samples: set task.samples and "
+                f"The task has {len(logits)} weights but the data {len(index)} training samples: set task.samples and "
                 f"data.train_samples to the same number."
             )
-        classes = datamodule.classes  # type: ignore[attr-defined]
         try:
             with torch.no_grad():
-                shape = self.lower(images[:1].to(self.upper.logits)).shape  # type: ignore[arg-type]
+                shape = tuple(self.lower(images[:1].to(logits)).shape)
         except RuntimeError as error:
             raise BilevelError(
                 f"task.model does not accept images of shape {tuple(images.shape[1:])} ({error}); set its image_shape."
             ) from error
-        if tuple(shape) != (1, classes):
-            raise BilevelError(f"task.model returns shape {tuple(shape)} for one image instead of (1, {classes}).")
+        if shape != (1, data.classes):
+            raise BilevelError(f"task.model returns shape {shape} for one image instead of (1, {data.classes}).")
 
     @override
     def callbacks(self) -> list[Callback]:

@@ -63,9 +63,7 @@ def test_histograms_and_pictures_of_the_event_file(run):
         histograms = found.Histograms(f"weights/{name}")
         assert len(histograms) == 2
         assert histograms[-1].histogram_value.num == fraction
-    means = [
-        found.Histograms(f"weights/{name}")[-1].histogram_value.sum / 300 for name in ("clean", "corrupted")
-    ]
+    means = [found.Histograms(f"weights/{name}")[-1].histogram_value.sum / 300 for name in ("clean", "corrupted")]
     assert means[0] > 0.6
     assert means[1] < 0.3
     assert len(found.Images("suspicious_images")) == 2

@@ -152,7 +152,10 @@ def test_cifar_in_folders_and_in_batches(tmp_path, monkeypatch, offline):
         ({"noise_rate": -0.1}, "data.noise_rate must be in"),
         ({"train_samples": 0}, "data.train_samples must be at least 1, got 0"),
         ({"epoch_length": 0}, "data.epoch_length must be at least 1"),
-        ({"lower_batch_size": 601}, "data.lower_batch_size must be between 1 and the 600 samples of its level, got 601"),
+        (
+            {"lower_batch_size": 601},
+            "data.lower_batch_size must be between 1 and the 600 samples of its level, got 601",
+        ),
         ({"upper_batch_size": 0}, "data.upper_batch_size must be between 1 and the 600"),
     ],
 )
@@ -162,7 +165,9 @@ def test_impossible_settings(settings, message):
 
 
 def test_more_samples_than_there_are(tmp_path):
-    with pytest.raises(BilevelError, match="train_samples=1500 and data.val_samples=600 leave no test image of the 1797"):
+    with pytest.raises(
+        BilevelError, match="train_samples=1500 and data.val_samples=600 leave no test image of the 1797"
+    ):
         ready(DigitsCleaning(train_samples=1500))
     with pytest.raises(BilevelError, match="leave no test image of the 120 images that MNISTCleaning has"):
         ready(MNISTCleaning(root=str(files.mnist(tmp_path)), train_samples=100, val_samples=21))
@@ -196,7 +201,9 @@ def test_nan_in_the_data(monkeypatch):
     source = data.source(True)
     source.images[17, 2, 2] = float("nan")
     monkeypatch.setattr(data, "source", lambda train: source)
-    with pytest.raises(BilevelError, match="DigitsCleaning: 1 images hold NaN or Inf, the first is number 17 of its file"):
+    with pytest.raises(
+        BilevelError, match="DigitsCleaning: 1 images hold NaN or Inf, the first is number 17 of its file"
+    ):
         ready(data)
 
 

@@ -118,7 +118,7 @@ def test_an_independent_unrolling():
 def test_limits_of_training_with_warm_start(task, truncation, limit, memory):
     """s = 0.2, T = 20, upper step 0.1, 100 upper iterations, y kept: the closed-form limits, to 1e-5.
 
-    With q_K = 0.8^K they are 1 / (2 - q_K), and (q' + 0.01) / (1 + q') with q' = 1 - q_20 for the merely convex problem,
+    With q_K = 0.8^K they are 1 / (2 - q_K), and (q' + 0.01) / (1 + q') with q' = 1 - q_20 for the merely convex one,
     whose true solution is 1: y2 has no lower gradient and stays where it began.
     """
     problem, x, y = setup(task(), GradientDescent(0.2))

@@ -105,7 +105,10 @@ def test_a_hypergradient_step_tells_clean_from_corrupted():
     [
         (lambda: task_of(39), "The task has 39 weights but the data 40 training samples: set task.samples"),
         (lambda: task_of(model=LinearNet((1, 28, 28))), r"does not accept images of shape \(1, 8, 8\).*image_shape"),
-        (lambda: task_of(model=LinearNet((1, 8, 8), classes=7)), r"returns shape \(1, 7\) for one image instead of \(1, 10\)"),
+        (
+            lambda: task_of(model=LinearNet((1, 8, 8), classes=7)),
+            r"returns shape \(1, 7\) for one image instead of \(1, 10\)",
+        ),
     ],
 )
 def test_data_that_do_not_fit(data, task, message):
@@ -127,7 +130,7 @@ def test_models_take_every_image(model, shape):
 
 
 def test_models_have_the_sizes_of_the_papers():
-    count = lambda model: sum(p.numel() for p in model.parameters())  # noqa: E731
+    count = lambda model: sum(p.numel() for p in model.parameters())
     assert count(MLPNet()) == 238_510
     assert count(LinearNet()) == 7_850
     linear = MLPNet(activation="none")

@@ -1,0 +1,40 @@
+# The two commands a newcomer needs: `make demo` and `make test`. Each makes .venv and installs what it needs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint types bench clean
+
+demo: .venv/.installed
+	$(BIN)/bilevel-fit
+
+test: .venv/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: .venv/.installed-dev
+	$(BIN)/mypy
+
+bench: .venv/.installed-test
+	$(BIN)/python benchmarks/hypergradients.py
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+
+.venv/.installed: .venv/bin/python pyproject.toml
+	$(BIN)/pip install --quiet -e .
+	touch $@
+
+.venv/.installed-test: .venv/bin/python pyproject.toml
+	$(BIN)/pip install --quiet -e ".[test]"
+	touch $@ .venv/.installed
+
+.venv/.installed-dev: .venv/bin/python pyproject.toml
+	$(BIN)/pip install --quiet -e ".[dev]"
+	touch $@ .venv/.installed .venv/.installed-test
+
+clean:
+	rm -rf .venv dist runs

@@ -1,0 +1,46 @@
+"""What a second process of the distributed tests runs."""
+
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from problems import Nonlinear
+
+from bilevel_lightning import Momentum, tree
+from bilevel_lightning.distributed import mean_over_processes
+from bilevel_lightning.hypergradients import reverse
+from bilevel_lightning.problem import bind
+
+
+class Rows(Nonlinear):
+    """The problem on the rows that a batch names; means over equal parts average to the mean over all."""
+
+    def upper_loss(self, rows):
+        return self.residual(0.0)[rows].square().mean() + 0.01 * self.upper.log_ridge.square().sum()
+
+    def lower_loss(self, rows):
+        ridge = (self.upper.log_ridge.exp() * self.lower.w.square()).sum()
+        return self.residual(0.1 * self.upper.shift)[rows].square().mean() + 0.1 * ridge
+
+
+def hypergradients(rows):
+    """The hypergradient and y_T in both memory modes, a product with the Hessian and one with the cross derivative."""
+    task, dynamics = Rows(), Momentum(0.2, 0.7)
+    x, y = tree.detach(tree.of(task.upper)), tree.detach(tree.of(task.lower))
+    problem, _, _ = bind(task, rows, x, mean_over_processes)
+    out = []
+    for memory in ("graph", "recompute"):
+        gradient, y_end = reverse(problem, dynamics, x, y, 12, truncation=9, memory=memory)
+        out += [mean_over_processes(gradient), y_end]
+    g_yy, g_xy = problem.hessian_products(x, y)
+    return [*out, g_yy(y), g_xy(y), *problem.grad_f(x, y)]
+
+
+def worker(rank: int, folder: str) -> None:
+    """One of two processes, with half of the twelve rows."""
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    torch.save(hypergradients(torch.arange(12)[rank::2]), Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()

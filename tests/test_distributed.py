@@ -1,0 +1,42 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from processes import hypergradients, worker
+
+TINY = str(Path(__file__).parent / "configs" / "tiny.yaml")
+
+
+def test_two_processes_with_half_the_batch_are_one_with_all_of_it(tmp_path):
+    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
+    whole = hypergradients(torch.arange(12))
+    for rank in (0, 1):
+        for part, want in zip(torch.load(tmp_path / f"{rank}.pt"), whole, strict=True):
+            for name, value in want.items():
+                torch.testing.assert_close(part[name], value, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batches", [[], ["--data.lower_batch_size=20", "--data.upper_batch_size=10"]])
+def test_the_command_line_on_two_processes(tmp_path, batches):
+    """The same weights from one process and from two under Lightning's DDP, in float64."""
+    command = [
+        sys.executable, "-m", "bilevel_lightning", "--config", "hyper_cleaning/digits_trhg", "--config", TINY, *batches,
+        "--trainer.max_steps=4", "--trainer.accelerator=cpu", "--trainer.precision=64-true",
+        "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
+    ]  # fmt: skip
+    states = []
+    for name, extra in (("one", ["--trainer.devices=1"]), ("two", ["--trainer.devices=2", "--trainer.strategy=ddp"])):
+        done = subprocess.run(
+            [*command, *extra, f"--trainer.default_root_dir={name}"],
+            cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("clean samples only") == 1
+        (path,) = (tmp_path / name).rglob("*.ckpt")
+        states.append(torch.load(path, weights_only=True)["state_dict"])
+    for name, value in states[0].items():
+        assert value.dtype in (torch.float64, torch.int64)
+        torch.testing.assert_close(states[1][name], value, rtol=1e-10, atol=1e-12)
