@@ -9,11 +9,11 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning import Callback, LightningModule
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from pytorch_lightning.core.mixins.hparams_mixin import _given_hyperparameters
-from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
 from bilevel_lightning import tree
+from bilevel_lightning.checks import check_levels, check_losses, diagnose, plain
 from bilevel_lightning.distributed import mean_over_processes
 from bilevel_lightning.dynamics import Dynamics, GradientDescent
 from bilevel_lightning.errors import BilevelError, positive
@@ -68,7 +68,7 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         # From Python, objects are the caller's to give again; from the command line their configs are stored.
         objects = ["task", "dynamics", "upper_optimizer", "upper_scheduler"]
         self.save_hyperparameters(ignore=[] if _given_hyperparameters.get() else objects)
-        for name in [k for k, v in self.hparams.items() if not _plain(v)]:
+        for name in [k for k, v in self.hparams.items() if not plain(v)]:
             del self.hparams[name]
         self.task = task
         self.upper_optimizer, self.upper_scheduler = upper_optimizer, upper_scheduler
@@ -124,19 +124,7 @@ class BilevelModule(LightningModule, Bilevel, ABC):
     def configure_model(self) -> None:
         if self._checked is not None:
             return
-        for name in ("upper", "lower"):
-            if not isinstance(getattr(self.hooks, name, None), nn.Module):
-                raise BilevelError(
-                    f"{type(self.hooks).__name__}.{name} must be a module that holds the {name} variables."
-                )
-        x, y = tree.of(self.hooks.upper), tree.of(self.hooks.lower)
-        for name, values in (("upper", x), ("lower", y)):
-            if not values:
-                raise BilevelError(f"{type(self.hooks).__name__}.{name} has no trainable parameter.")
-        shared = {id(p) for p in x.values()} & {id(p) for p in y.values()}
-        if shared:
-            names = [name for name, p in y.items() if id(p) in shared]
-            raise BilevelError(f"A parameter is both an upper and a lower variable: {names}. Give each level its own.")
+        x, y = check_levels(self.hooks)
         device = next(iter(x.values()))
         for name, value in self.dynamics.learnable().items():
             self.learnable[name.removeprefix("dynamics/")] = nn.Parameter(value.to(device))
@@ -183,20 +171,21 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             y = self._start(x)
             if not self._checked:
                 with self._aside():
-                    self._check(problem, z, y)
+                    check_losses(problem, z, y)
+                self._checked = True
             step = self.bilevel_step(problem, z, y)
             y = step.lower
             gradients.append(pull_back(step.upper_grad))
             self.oracles += torch.tensor([problem.counts[name] for name in ORACLES], device=self.oracles.device)
             if due:
                 with self._aside():
-                    logs.append(self._diagnose(problem, z, y))
+                    logs.append(diagnose(problem, z, y))
         gradient = mean_over_processes(tree.mean(gradients))
         norm = tree.norm(gradient)
         if not torch.isfinite(norm):
             raise BilevelError(
                 f"The hypergradient is {norm.item()} at upper iteration {self.global_step}: the lower level has "
-                "probably diverged. Lower the step size of the lower level (dynamics.lr); x and y stay at their last values."
+                "probably diverged. Lower its step size (dynamics.lr); x and y stay at their last values."
             )
         self._step_upper(gradient, norm)
         if self.hooks.persistent_lower:
@@ -227,42 +216,6 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         scheduler = self.lr_schedulers()
         if scheduler is not None:
             scheduler.step()  # type: ignore[union-attr]
-
-    def _check(self, problem: BilevelProblem, x: Params, y: Params) -> None:
-        """Looks at the losses once, before anything has changed."""
-        x, y = tree.leaf(x), tree.leaf(y)
-        used: set[str] = set()
-        for name, loss in (("upper_loss", problem.f), ("lower_loss", problem.g)):
-            value = loss(x, y)
-            if not isinstance(value, Tensor) or value.numel() != 1:
-                shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise BilevelError(f"{name} must return a scalar tensor, got {shape}; take its mean or sum.")
-            if not torch.isfinite(value):
-                raise BilevelError(f"{name} is {value.item()} on the first batch; look for NaN or Inf in the data.")
-            inputs = {**{f"x {n}": t for n, t in x.items()}, **{f"y {n}": t for n, t in y.items()}}
-            grads: Any = [None] * len(inputs)
-            if value.requires_grad:
-                grads = torch.autograd.grad(value, [*inputs.values()], allow_unused=True)
-            reached = {n for n, g in zip(inputs, grads, strict=True) if g is not None}
-            if name == "lower_loss" and not any(n.startswith("y ") for n in reached):
-                raise BilevelError("lower_loss does not depend on any parameter of self.lower.")
-            used |= reached
-        unused = [n for n in x if f"x {n}" not in used and "/" not in n]
-        if unused:
-            rank_zero_warn(f"The losses use no gradient of the upper variables {unused}: they will not be learnt.")
-        self._checked = True
-
-    def _diagnose(self, problem: BilevelProblem, x: Params, y: Params) -> Params:
-        y = tree.leaf(y)
-        with torch.enable_grad():
-            lower_loss = problem.g(x, y)
-            stationarity = tree.norm(tree.grad(lower_loss, y)[0])
-        with torch.no_grad():
-            return {
-                "train/upper_loss": problem.f(x, y),
-                "train/lower_loss": lower_loss.detach(),
-                "train/stationarity": stationarity,
-            }
 
     def _log_step(self, logs: Params, norm: Tensor) -> None:
         logs["train/hypergradient_norm"] = norm
@@ -317,12 +270,3 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             torch.set_rng_state(checkpoint["random_state"]["torch"].cpu())
             if torch.cuda.is_available():
                 torch.cuda.set_rng_state_all([s.cpu() for s in checkpoint["random_state"]["cuda"]])
-
-
-def _plain(value: Any) -> bool:
-    """Whether a hyper-parameter can be stored in a checkpoint that loads without unpickling code."""
-    if isinstance(value, dict):
-        return all(map(_plain, value.values()))
-    if isinstance(value, list | tuple):
-        return all(map(_plain, value))
-    return value is None or isinstance(value, bool | int | float | str)

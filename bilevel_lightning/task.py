@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from pytorch_lightning import Callback, LightningDataModule
 from torch import Tensor, nn
 
@@ -38,7 +39,14 @@ class Bilevel:
         raise BilevelError(f"{type(self).__name__} does not define upper_loss(batch); pass task=... or define it.")
 
     def lower_loss(self, batch: Any) -> Tensor:
-        """Returns g(x, y), a scalar, on the lower part of a batch (one minibatch)."""
+        """Returns g(x, y), a scalar, on the lower part of a batch (one minibatch).
+
+        Default, where `fixed_point_map` is defined: half the squared residual ``|Phi(x, y) - y|^2 / 2``.
+        """
+        if type(self).fixed_point_map is not Bilevel.fixed_point_map:
+            image = self.fixed_point_map(batch)
+            residuals = [(image[name] - p).square().sum() for name, p in self.lower.named_parameters()]
+            return 0.5 * torch.stack(residuals).sum()
         raise BilevelError(f"{type(self).__name__} does not define lower_loss(batch); pass task=... or define it.")
 
     def initial_lower(self, upper: Params) -> Params:

@@ -1,5 +1,6 @@
 """The command line."""
 
-from bilevel_lightning.cli.main import BilevelCLI, fit, shipped_configs
+from bilevel_lightning.cli.arguments import shipped_configs
+from bilevel_lightning.cli.main import BilevelCLI, fit
 
 __all__ = ["BilevelCLI", "fit", "shipped_configs"]

@@ -2,7 +2,6 @@
 
 import csv
 import itertools
-import json
 import logging
 import sys
 import tempfile
@@ -11,7 +10,6 @@ from argparse import ArgumentError
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning import LightningDataModule, Trainer
 from pytorch_lightning.callbacks import ProgressBar, TQDMProgressBar
@@ -22,70 +20,8 @@ from typing_extensions import override
 
 # Importing the parts is what lets a config name them by class name alone.
 from bilevel_lightning import BilevelError, algorithms, callbacks, datamodules, dynamics, models, schedules, tasks  # noqa: F401
+from bilevel_lightning.cli.arguments import CONFIGS, DEFAULT, complete, explain, shipped_configs
 from bilevel_lightning.module import BilevelModule
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-DEFAULT = "hyper_cleaning/digits_trhg"
-CHECKPOINT_WORDS = ("last", "best", "hpc")
-
-
-def shipped_configs() -> list[str]:
-    """Returns the names of the configs that come with the package, such as ``hyper_cleaning/mnist_trhg``."""
-    return sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
-
-
-def config_path(name: str) -> str:
-    """Returns the path of a config file or of a shipped config.
-
-    Raises:
-        BilevelError: if it is neither.
-    """
-    shipped = CONFIGS / f"{name.removesuffix('.yaml')}.yaml"
-    if Path(name).is_file():
-        return name
-    if shipped.is_file():
-        return str(shipped)
-    raise BilevelError(
-        f"--config {name} is neither a file nor a shipped config; shipped are {', '.join(shipped_configs())}."
-    )
-
-
-def complete(args: list[str]) -> list[str]:
-    """Makes the subcommand explicit, finds shipped configs and puts a checkpoint's settings before the user's."""
-    command, *rest = args if args and args[0] in LightningCLI.subcommands() else ["fit", *args]
-    equals = ("--config=", "-c=", "--ckpt_path=")
-    tokens = [part for token in rest for part in (token.split("=", 1) if token.startswith(equals) else [token])]
-    for i, option in enumerate(tokens[:-1]):
-        if option in ("--config", "-c"):
-            tokens[i + 1] = config_path(tokens[i + 1])
-    checkpoints = [value for option, value in itertools.pairwise(tokens) if option == "--ckpt_path"]
-    if checkpoints and checkpoints[-1] not in CHECKPOINT_WORDS:
-        tokens = [*checkpoint_settings(checkpoints[-1]), *tokens]
-    elif not {"--config", "-c", "--data"} & {token.partition("=")[0] for token in tokens}:
-        tokens = ["--config", config_path(DEFAULT), *tokens]
-    return [command, *tokens]
-
-
-def checkpoint_settings(path: str) -> list[str]:
-    """Returns the model's and the data's settings of a checkpoint as command-line arguments.
-
-    Raises:
-        BilevelError: if there is no checkpoint at ``path``.
-    """
-    if not Path(path).is_file():
-        raise BilevelError(f"--ckpt_path {path} does not exist.")
-    try:
-        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:
-        raise BilevelError(
-            f"--ckpt_path {path} is not a checkpoint that loads without running code: {error}"
-        ) from error
-    args = []
-    for option, key in (("--model", "hyper_parameters"), ("--data", "datamodule_hyper_parameters")):
-        settings = {k: v for k, v in checkpoint.get(key, {}).items() if k != "_instantiator"}
-        if "_class_path" in settings:
-            args += [option, json.dumps({"class_path": settings.pop("_class_path"), "init_args": settings})]
-    return args
 
 
 class BilevelCLI(LightningCLI):
@@ -98,7 +34,7 @@ class BilevelCLI(LightningCLI):
             f"{parser.description or ''} Bilevel optimization: min_x f(x, y*(x)) s.t. y*(x) in argmin_y g(x, y). "
             f"Without arguments: --config {DEFAULT}. --config takes a file or a shipped config: "
             f"{', '.join(shipped_configs())}. Classes go by name (--model RHG --model.task HyperCleaning); their "
-            "settings are listed by --model.help RHG, --data.help MNISTCleaning. --print_config shows all of a run's settings."
+            "settings are listed by --model.help RHG, --data.help MNISTCleaning. --print_config shows all."
         )
         return parser
 
@@ -168,23 +104,6 @@ class BilevelCLI(LightningCLI):
                     writer.writerow(columns)
                 writer.writerows(zip(*(c.tolist() for c in columns.values()), strict=True))
         rank_zero_info(f"Predictions: {folder / 'predictions.csv'}")
-
-
-def explain(error: BaseException) -> str | None:
-    """Returns what a person should read of an error, or None where it is not theirs to mend.
-
-    The parser wraps what a constructor raises, and reports all it tried; only the reason is kept.
-    """
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, BilevelError):
-        cause = cause.__cause__ or cause.__context__
-    if cause is not None:
-        return str(cause)
-    if not isinstance(error, ArgumentError | MisconfigurationException):
-        return None
-    noise = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value")
-    lines = [line.strip() for line in str(getattr(error, "message", error)).splitlines()]
-    return " ".join(line.removeprefix("- ") for line in lines if not line.startswith(noise))
 
 
 def _quiet() -> None:

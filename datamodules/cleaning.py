@@ -10,11 +10,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from pytorch_lightning import LightningDataModule
-from sklearn.datasets import load_digits
 from torch import Tensor
-from torchvision import datasets
 from torchvision.datasets.folder import default_loader
-from torchvision.datasets.utils import check_integrity
 from typing_extensions import override
 
 from bilevel_lightning.datamodules.iterations import Iterations, Whole, draw
@@ -209,117 +206,10 @@ class CleaningData(LightningDataModule):
     def predict_dataloader(self) -> Whole:
         return Whole(self.train)
 
-
-class DigitsCleaning(CleaningData):
-    """Hyper-cleaning of scikit-learn's 8x8 digits, which come with that package: 1,797 images, no download.
-
-    Images that belong to neither level are the test set (597 with the defaults).
-
-    Args:
-        train_samples: as in `CleaningData`. Default 600.
-        val_samples: as in `CleaningData`. Default 600.
-        noise_rate: as in `CleaningData`.
-        lower_batch_size: as in `CleaningData`.
-        upper_batch_size: as in `CleaningData`.
-        epoch_length: as in `CleaningData`.
-        seed: as in `CleaningData`.
-        label_noise: as in `CleaningData`.
-    """
-
-    image_shape = (1, 8, 8)
-    levels = 16.0
-
-    def __init__(
-        self,
-        train_samples: int = 600,
-        val_samples: int = 600,
-        noise_rate: float = 0.5,
-        lower_batch_size: int | None = None,
-        upper_batch_size: int | None = None,
-        epoch_length: int = 10,
-        seed: int = 0,
-        label_noise: Literal["different", "any"] = "different",
-    ) -> None:
-        super().__init__(
-            train_samples=train_samples,
-            val_samples=val_samples,
-            noise_rate=noise_rate,
-            lower_batch_size=lower_batch_size,
-            upper_batch_size=upper_batch_size,
-            epoch_length=epoch_length,
-            seed=seed,
-            label_noise=label_noise,
-            test_split="train",
+    def missing(self, folder: Path, names: str, error: Exception) -> BilevelError:
+        """Returns the error that says which files are expected where."""
+        reason = f"downloading failed ({error})" if self.download else "data.download is false"
+        return BilevelError(
+            f"{type(self).__name__} found no complete data in {folder}, and {reason}. Put {names} there, set data.root "
+            "or the environment variable BILEVEL_DATA_DIR, or allow data.download."
         )
-
-    @override
-    def source(self, train: bool) -> Source:
-        digits = load_digits()
-        return Source(digits.images, torch.from_numpy(digits.target))
-
-
-class MNISTCleaning(CleaningData):
-    """Hyper-cleaning of MNIST, read from ``root/MNIST/raw`` (torchvision's layout)."""
-
-    image_shape = (1, 28, 28)
-    dataset: type[datasets.MNIST] = datasets.MNIST
-
-    @override
-    def prepare_data(self) -> None:
-        self.source(train=True)
-
-    @override
-    def source(self, train: bool) -> Source:
-        folder = self.root / self.dataset.__name__ / "raw"
-        for name, md5 in self.dataset.resources:
-            if (folder / name).exists() and not check_integrity(str(folder / name), md5):
-                raise BilevelError(f"{folder / name} is damaged (its md5 sum is not {md5}); delete it and start again.")
-        try:
-            data = self.dataset(str(self.root), train=train, download=self.download)
-        except Exception as error:
-            names = ", ".join(name for name, _ in self.dataset.resources)
-            raise missing(self, folder, names, error) from error
-        return Source(data.data, data.targets)
-
-
-class FashionMNISTCleaning(MNISTCleaning):
-    """Hyper-cleaning of Fashion-MNIST, read from ``root/FashionMNIST/raw`` (torchvision's layout)."""
-
-    dataset = datasets.FashionMNIST
-
-
-class CIFAR10Cleaning(CleaningData):
-    """Hyper-cleaning of CIFAR-10.
-
-    Read from ``root/cifar-10-batches-py`` (torchvision's layout), else from the class folders
-    ``root/cifar10/{train,test}/<class>/*`` with any image files; only the selected images are decoded.
-    """
-
-    image_shape = (3, 32, 32)
-
-    @override
-    def prepare_data(self) -> None:
-        self.source(train=True)
-
-    @override
-    def source(self, train: bool) -> Source:
-        folder = self.root / "cifar10" / ("train" if train else "test")
-        batches = self.root / datasets.CIFAR10.base_folder
-        try:
-            if folder.is_dir() and not batches.is_dir():
-                files = datasets.ImageFolder(str(folder))
-                return Source([name for name, _ in files.samples], torch.tensor(files.targets))
-            data = datasets.CIFAR10(str(self.root), train=train, download=self.download)
-        except Exception as error:
-            names = f"{datasets.CIFAR10.filename} unpacked, or class folders in {folder}"
-            raise missing(self, batches, names, error) from error
-        return Source(data.data, torch.tensor(data.targets))
-
-
-def missing(data: CleaningData, folder: Path, names: str, error: Exception) -> BilevelError:
-    """Returns the error that says which files are expected where."""
-    reason = f"downloading failed ({error})" if data.download else "data.download is false"
-    return BilevelError(
-        f"{type(data).__name__} found no complete data in {folder}, and {reason}. "
-        f"Put {names} there, set data.root or the environment variable BILEVEL_DATA_DIR, or allow data.download."
-    )

@@ -116,3 +116,21 @@ class FromX(Nonlinear):
 
     def initial_lower(self, upper):
         return {"w": 0.5 * upper["log_ridge"], "b": upper["shift"].mean().reshape(1)}
+
+
+class Contraction(BilevelTask):
+    """y = Phi(x, y) = M y + x with |M| = 1/2: y* = (I - M)^{-1} x, f = |y - c|^2 / 2."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+        m = torch.randn(5, 5, generator=generator, dtype=torch.float64)
+        self.m, self.c = 0.5 * m / torch.linalg.matrix_norm(m, 2), torch.randn(5, generator=generator).double()
+        self.upper = Vector(x=torch.randn(5, generator=generator).double())
+        self.lower = Vector(y=torch.zeros(5, dtype=torch.float64))
+
+    def upper_loss(self, batch):
+        return 0.5 * (self.lower.y - self.c).square().sum()
+
+    def fixed_point_map(self, batch):
+        return {"y": self.m @ self.lower.y + self.upper.x}

@@ -7,7 +7,7 @@ import pytest
 
 from bilevel_lightning import algorithms
 from bilevel_lightning.cli import shipped_configs
-from bilevel_lightning.cli.main import config_path
+from bilevel_lightning.cli.arguments import config_path
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

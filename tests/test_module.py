@@ -1,7 +1,7 @@
 import pytest
 import torch
 from loops import Batches, fit, trainer
-from problems import FromX, Nonlinear, Quadratic, Vector
+from problems import Contraction, FromX, Nonlinear, Quadratic, Vector
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
@@ -190,6 +190,14 @@ def test_hyper_parameters_hold_plain_values_only():
     assert module.hparams["truncation"] == 4
     assert module.hparams["lower_steps"] == 30
     assert "task" not in module.hparams
+
+
+def test_an_equilibrium_model_needs_no_lower_loss():
+    task = Contraction()
+    run = fit(RHG(task=task, dynamics=FixedPoint(), lower_steps=30, upper_optimizer=sgd(0.2)), 200)
+    torch.testing.assert_close(task.lower.y.detach(), task.c, rtol=1e-4, atol=1e-4)  # F = |y*(x) - c|^2 / 2 is zero
+    assert float(run.callback_metrics["train/lower_loss"]) < 1e-12
+    assert run.callback_metrics["oracle/fixed_point_maps"] == 200 * 30
 
 
 # What a person can do wrong.

@@ -11,7 +11,7 @@ import yaml
 
 from bilevel_lightning import RHG, BilevelError
 from bilevel_lightning.cli import fit, shipped_configs
-from bilevel_lightning.cli.main import complete, config_path
+from bilevel_lightning.cli.arguments import complete, config_path
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 QUICK = [

@@ -2,9 +2,9 @@ import weakref
 
 import pytest
 import torch
-from problems import FromX, MerelyConvex, Nonlinear, Quadratic, StronglyConvex, Vector
+from problems import Contraction, FromX, MerelyConvex, Nonlinear, Quadratic, StronglyConvex
 
-from bilevel_lightning import Adam, BilevelTask, FixedPoint, GradientDescent, Momentum, Nesterov, tree
+from bilevel_lightning import Adam, FixedPoint, GradientDescent, Momentum, Nesterov, tree
 from bilevel_lightning.hypergradients import reverse
 from bilevel_lightning.problem import bind
 from bilevel_lightning.schedules import InverseTime
@@ -146,24 +146,6 @@ def test_derivative_through_the_start(memory):
     gradient, _ = reverse(problem, dynamics, x, y0, 5, memory=memory)
     assert relative(gradient, expected) < 1e-13
     assert relative(reverse(problem, dynamics, x, y0, 5, truncation=4, memory=memory)[0], expected) > 1e-3
-
-
-class Contraction(BilevelTask):
-    """y = Phi(x, y) = M y + x with |M| = 1/2: y* = (I - M)^{-1} x, f = |y - c|^2 / 2."""
-
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(3)
-        m = torch.randn(5, 5, generator=generator, dtype=torch.float64)
-        self.m, self.c = 0.5 * m / torch.linalg.matrix_norm(m, 2), torch.randn(5, generator=generator).double()
-        self.upper = Vector(x=torch.randn(5, generator=generator).double())
-        self.lower = Vector(y=torch.zeros(5, dtype=torch.float64))
-
-    def upper_loss(self, batch):
-        return 0.5 * (self.lower.y - self.c).square().sum()
-
-    def fixed_point_map(self, batch):
-        return {"y": self.m @ self.lower.y + self.upper.x}
 
 
 @pytest.mark.parametrize("memory", ["graph", "recompute"])

@@ -1,0 +1,84 @@
+"""What is looked at before a run begins, and while it goes on."""
+
+from typing import Any
+
+import torch
+from pytorch_lightning.utilities import rank_zero_warn
+from torch import Tensor, nn
+
+from bilevel_lightning import tree
+from bilevel_lightning.errors import BilevelError
+from bilevel_lightning.problem import BilevelProblem
+from bilevel_lightning.task import Bilevel
+from bilevel_lightning.tree import Params
+
+
+def check_levels(task: Bilevel) -> tuple[Params, Params]:
+    """Returns x and y of a task.
+
+    Raises:
+        BilevelError: if a level is missing, is empty, or shares a parameter with the other.
+    """
+    for name in ("upper", "lower"):
+        if not isinstance(getattr(task, name, None), nn.Module):
+            raise BilevelError(f"{type(task).__name__}.{name} must be a module that holds the {name} variables.")
+    x, y = tree.of(task.upper), tree.of(task.lower)
+    for name, values in (("upper", x), ("lower", y)):
+        if not values:
+            raise BilevelError(f"{type(task).__name__}.{name} has no trainable parameter.")
+    shared = {id(p) for p in x.values()} & {id(p) for p in y.values()}
+    if shared:
+        names = [name for name, p in y.items() if id(p) in shared]
+        raise BilevelError(f"A parameter is both an upper and a lower variable: {names}. Give each level its own.")
+    return x, y
+
+
+def check_losses(problem: BilevelProblem, x: Params, y: Params) -> None:
+    """Looks at the losses once, before anything has changed.
+
+    Raises:
+        BilevelError: if a loss is not a finite scalar, or the lower one does not depend on y.
+    """
+    x, y = tree.leaf(x), tree.leaf(y)
+    used: set[str] = set()
+    for name, loss in (("upper_loss", problem.f), ("lower_loss", problem.g)):
+        value = loss(x, y)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise BilevelError(f"{name} must return a scalar tensor, got {shape}; take its mean or sum.")
+        if not torch.isfinite(value):
+            raise BilevelError(f"{name} is {value.item()} on the first batch; look for NaN or Inf in the data.")
+        inputs = {**{f"x {n}": t for n, t in x.items()}, **{f"y {n}": t for n, t in y.items()}}
+        grads: Any = [None] * len(inputs)
+        if value.requires_grad:
+            grads = torch.autograd.grad(value, [*inputs.values()], allow_unused=True)
+        reached = {n for n, g in zip(inputs, grads, strict=True) if g is not None}
+        if name == "lower_loss" and not any(n.startswith("y ") for n in reached):
+            raise BilevelError("lower_loss does not depend on any parameter of self.lower.")
+        used |= reached
+    unused = [n for n in x if f"x {n}" not in used and "/" not in n]
+    if unused:
+        rank_zero_warn(f"The losses use no gradient of the upper variables {unused}: they will not be learnt.")
+
+
+def diagnose(problem: BilevelProblem, x: Params, y: Params) -> Params:
+    """Returns what is logged of the state after an upper iteration: both losses and ``|g_y|``."""
+    y = tree.leaf(y)
+    with torch.enable_grad():
+        lower_loss = problem.g(x, y)
+        stationarity = tree.norm(tree.grad(lower_loss, y)[0])
+    with torch.no_grad():
+        return {
+            "train/upper_loss": problem.f(x, y),
+            "train/lower_loss": lower_loss.detach(),
+            "train/stationarity": stationarity,
+        }
+
+
+def plain(value: Any) -> bool:
+    """Whether a hyper-parameter can be stored in a checkpoint that loads without unpickling code."""
+    if isinstance(value, dict):
+        return all(map(plain, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
