@@ -50,7 +50,7 @@ class SuspiciousImages(Callback):
 
     @torch.no_grad()
     def figure(self, trainer: Trainer, pl_module: LightningModule) -> Figure:
-        """Draws the images in the order of their weights; a title is red where the label was in fact replaced."""
+        """Draws the images in the order of their weights; a cross and red mark a label that was in fact replaced."""
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         images, labels, index = data.train
         weights = pl_module.hooks.upper(index.to(pl_module.device)).cpu()  # type: ignore[union-attr, operator]
@@ -59,7 +59,7 @@ class SuspiciousImages(Callback):
         figure = Figure(figsize=(9, 1.35 * rows + 0.6), layout="constrained")
         step = trainer.global_step
         figure.suptitle(
-            f"Smallest weights after {step} upper iterations: label given, weight (red: label is wrong)", size=10
+            f"Smallest weights after {step} upper iterations: label given, weight (✗: the label is wrong)", size=10
         )
         for axis, i in zip(
             figure.subplots(rows, 8, squeeze=False).flat, [*order, *[None] * (rows * 8 - len(order))], strict=True
@@ -68,7 +68,7 @@ class SuspiciousImages(Callback):
             if i is not None:
                 axis.imshow(images[i].permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
                 color = "black" if data.clean[i] else "#c1272d"
-                axis.set_title(f"{int(labels[i])}, {weights[i]:.3f}", size=9, color=color)
+                axis.set_title(f"{int(labels[i])}, {weights[i]:.3f}{'' if data.clean[i] else ' ✗'}", size=9, color=color)
         return figure
 
     @override
