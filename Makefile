@@ -1,11 +1,12 @@
 # The two commands a newcomer needs: `make demo` and `make test`. Each makes .venv and installs what it needs.
+# Both use one thread: their problems are so small that more threads only wait for each other.
 PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test lint types bench clean
 
 demo: .venv/.installed
-	$(BIN)/bilevel-fit
+	OMP_NUM_THREADS=1 $(BIN)/bilevel-fit
 
 test: .venv/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest

@@ -166,7 +166,12 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         due = every and (self.global_step + 1) % every == 0
         gradients, logs, y = [], [], {}
-        for episode in self.hooks.episodes(batch):
+        episodes = self.hooks.episodes(batch)
+        if self.hooks.persistent_lower and len(episodes) != 1:
+            raise BilevelError(
+                f"episodes(batch) returned {len(episodes)} problems, but one y persists; set persistent_lower = False."
+            )
+        for episode in episodes:
             problem, z, pull_back = bind(self.hooks, episode, x, mean_over_processes)
             y = self._start(x)
             if not self._checked:

@@ -3,7 +3,6 @@
 from typing import Literal
 
 import torch
-from sklearn.datasets import load_digits
 from typing_extensions import override
 
 from bilevel_lightning.datamodules.cleaning import CleaningData, Source
@@ -53,5 +52,7 @@ class DigitsCleaning(CleaningData):
 
     @override
     def source(self, train: bool) -> Source:
+        from sklearn.datasets import load_digits  # takes a second to import, so only where it is needed
+
         digits = load_digits()
         return Source(digits.images, torch.from_numpy(digits.target))

@@ -269,6 +269,15 @@ def test_a_parameter_of_both_levels_and_a_level_without_any():
         fit(RHG(task=task), 1)
 
 
+def test_several_episodes_with_one_y():
+    class Two(Quadratic):
+        def episodes(self, batch):
+            return [batch, batch]
+
+    with pytest.raises(BilevelError, match=r"returned 2 problems, but one y persists; set persistent_lower = False"):
+        fit(RHG(task=Two()), 1)
+
+
 def test_a_diverged_iteration_changes_nothing():
     task = Quadratic()
     before = tree.clone(dict(task.named_parameters()))

@@ -67,8 +67,8 @@ class SuspiciousImages(Callback):
             axis.axis("off")
             if i is not None:
                 axis.imshow(images[i].permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
-                color = "black" if data.clean[i] else "#c1272d"
-                axis.set_title(f"{int(labels[i])}, {weights[i]:.3f}{'' if data.clean[i] else ' ✗'}", size=9, color=color)
+                mark, color = ("", "black") if data.clean[i] else (" ✗", "#c1272d")
+                axis.set_title(f"{int(labels[i])}, {weights[i]:.3f}{mark}", size=9, color=color)
         return figure
 
     @override
