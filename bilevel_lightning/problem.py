@@ -37,6 +37,7 @@ class BilevelProblem:
         reduce: differentiable average over processes, where y is shared by them; default: identity.
 
     Attributes:
+        start_depends_on_x: whether y_0 is a function of x.
         counts: number of evaluated oracles so far, by name: ``upper_gradients``, ``lower_gradients``,
             ``hessian_products`` (g_yy v) and ``cross_products`` (g_xy v).
     """
@@ -54,6 +55,7 @@ class BilevelProblem:
         self.f = f
         self._g = [g] if callable(g) else list(g)
         self._prox, self._fixed_point, self._initial = prox, fixed_point, initial
+        self.start_depends_on_x = initial is not None
         self._reduce = reduce or (lambda values: values)
         self.counts: Counter[str] = Counter()
 

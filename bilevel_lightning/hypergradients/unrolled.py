@@ -41,27 +41,28 @@ def reverse(
         y: y_0, start of the lower level.
         steps: number T of lower steps.
         truncation: differentiate only the last K steps; None: all T, and through y_0(x) where it depends on x.
-        memory: ``graph`` keeps the graph of the K steps (time of about 1.8 plain steps each); ``recompute`` keeps the K
-            states and rebuilds one step at a time (about 2.7 plain steps, memory K states and one step's graph).
+        memory: ``graph`` keeps the graph of the K steps; ``recompute`` keeps the K states and rebuilds one step at a
+            time: memory of K states and one step's graph, time of one more plain step for each (docs/benchmarks.md).
 
     Returns:
         dF/dx and y_T.
     """
     kept = steps if truncation is None else min(truncation, steps)
+    through_start = kept == steps and problem.start_depends_on_x
     x, state = tree.detach(x), dynamics.start(tree.detach(y))
     for t in range(steps - kept):
         state = dynamics.step(problem, x, state, t)
     backward = _graph if memory == "graph" else _recompute
-    gradient, adjoint, y_end = backward(problem, dynamics, x, state, range(steps - kept, steps))
+    gradient, y_end, adjoint = backward(problem, dynamics, x, state, range(steps - kept, steps), through_start)
     problem.counts["hessian_products"] += kept
     problem.counts["cross_products"] += kept
-    if kept == steps:
+    if through_start:
         gradient = tree.axpy(1.0, problem.initial_vjp(x, adjoint), gradient)
     return gradient, y_end
 
 
 def _graph(
-    problem: BilevelProblem, dynamics: Dynamics, x: Params, state: State, steps: range
+    problem: BilevelProblem, dynamics: Dynamics, x: Params, state: State, steps: range, through_start: bool
 ) -> tuple[Params, Params, Params]:
     x, start = tree.leaf(x), tree.leaf(state[0])
     state = (start, *state[1:])
@@ -69,12 +70,12 @@ def _graph(
         state = dynamics.step(problem, x, state, t, track=True)
     problem.counts["upper_gradients"] += 1
     with torch.enable_grad():
-        gradient, adjoint = tree.grad(problem.f(x, state[0]), x, start)
-    return gradient, adjoint, tree.detach(state[0])
+        gradient, adjoint = tree.grad(problem.f(x, state[0]), x, start if through_start else {})
+    return gradient, tree.detach(state[0]), adjoint
 
 
 def _recompute(
-    problem: BilevelProblem, dynamics: Dynamics, x: Params, state: State, steps: range
+    problem: BilevelProblem, dynamics: Dynamics, x: Params, state: State, steps: range, through_start: bool
 ) -> tuple[Params, Params, Params]:
     states, random = [], []
     for t in steps:
@@ -82,16 +83,17 @@ def _recompute(
         random.append(_random_state(state[0]))
         state = dynamics.step(problem, x, state, t)
     gradient, f_y = problem.grad_f(x, state[0])
-    adjoint = (f_y, *map(tree.zeros_like, state[1:]))
+    adjoint = [f_y, *map(tree.zeros_like, state[1:])]
     x = tree.leaf(x)
     for t in reversed(steps):
         inputs = tuple(map(tree.leaf, states.pop()))
         with _replayed(random.pop()):
             outputs = dynamics.step(problem, x, inputs, t, track=True)
         pairs = [(o[name], a[name]) for o, a in zip(outputs, adjoint, strict=True) for name in o]
-        cross, *adjoint = tree.vjp([o for o, _ in pairs], [a for _, a in pairs], x, *inputs)  # type: ignore[assignment]
+        wanted = inputs if states or through_start else ()
+        cross, *adjoint = tree.vjp([o for o, _ in pairs], [a for _, a in pairs], x, *wanted)
         gradient = tree.axpy(1.0, cross, gradient)
-    return gradient, adjoint[0], tree.detach(state[0])
+    return gradient, tree.detach(state[0]), adjoint[0] if adjoint else {}
 
 
 def _random_state(y: Params) -> tuple[list[torch.device], list[Tensor]]:

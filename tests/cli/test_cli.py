@@ -59,7 +59,8 @@ def test_shipped_configs_run(name, tmp_path, monkeypatch):
     files.mnist(tmp_path)
     files.mnist(tmp_path, "FashionMNIST")
     files.cifar_folders(tmp_path, train=120)
-    run("--config", name, "--config", str(TINY))
+    small = ["--data.lower_batch_size=16", "--data.upper_batch_size=16"] if "minibatch" in name else []
+    run("--config", name, "--config", str(TINY), *small)
     folder = Path("runs") / name / "version_0"
     saved = yaml.safe_load((folder / "config.yaml").read_text())
     assert saved["trainer"]["max_steps"] == 2
@@ -139,7 +140,7 @@ def test_module_and_script_are_the_command_line():
         (["--model.dynamics.lr", "-1"], "Momentum.lr must be a positive number, got -1.0."),
         (["--model.upper_optimizer.lr", "-1"], "upper_optimizer: Invalid learning rate: -1"),
         (["--data.noise_rate", "1"], "data.noise_rate must be in [0, 1), got 1.0."),
-        (["--data.train_samples", "1700"], "data.train_samples=1700 and data.val_samples=600 leave no test image"),
+        (["--data.train_samples", "1700"], "data.train_samples=1700 and data.val_samples=100 leave no test image"),
         (["--model.task.samples", "599"], "The task has 599 weights but the data 600 training samples"),
         (["--model", "Nothing"], "Nothing"),
         (["--ckpt_path", "nothing.ckpt"], "--ckpt_path nothing.ckpt does not exist."),
