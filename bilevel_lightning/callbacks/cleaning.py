@@ -23,6 +23,12 @@ def _writers(trainer: Trainer) -> list[Any]:
     return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
 
 
+def _data(trainer: Trainer) -> Any:
+    """The data module, if it knows which labels are right, as `CleaningData` does; else None: nothing can be shown."""
+    data = getattr(trainer, "datamodule", None)
+    return data if hasattr(data, "clean") else None
+
+
 class WeightHistogram(Callback):
     """Histograms of the weights of clean and of corrupted samples in TensorBoard, after each validation."""
 
@@ -30,7 +36,9 @@ class WeightHistogram(Callback):
     @rank_zero_only
     @torch.no_grad()
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = _data(trainer)
+        if data is None:
+            return
         weights = pl_module.hooks.upper(data.train[2].to(pl_module.device)).cpu()  # type: ignore[union-attr, operator]
         for name, chosen in (("clean", data.clean), ("corrupted", ~data.clean)):
             if chosen.any():
@@ -51,7 +59,7 @@ class SuspiciousImages(Callback):
     @torch.no_grad()
     def figure(self, trainer: Trainer, pl_module: LightningModule) -> Figure:
         """Draws the images in the order of their weights; a cross and red mark a label that was in fact replaced."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = _data(trainer)
         images, labels, index = data.train
         weights = pl_module.hooks.upper(index.to(pl_module.device)).cpu()  # type: ignore[union-attr, operator]
         order = weights.argsort()[: self.images]
@@ -74,13 +82,13 @@ class SuspiciousImages(Callback):
     @override
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for writer in _writers(trainer):
+        for writer in _writers(trainer) if _data(trainer) is not None else []:
             writer.add_figure("suspicious_images", self.figure(trainer, pl_module), trainer.global_step)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = trainer.log_dir  # all processes take part in agreeing on it
-        if folder is not None and trainer.is_global_zero:
+        if folder is not None and trainer.is_global_zero and _data(trainer) is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
             self.figure(trainer, pl_module).savefig(Path(folder) / "suspicious_images.png", dpi=120)
 
@@ -124,7 +132,9 @@ class CleaningReport(Callback):
     @override
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data = _data(trainer)
+        if data is None:
+            return
         task: Any = pl_module.hooks
         like = next(task.lower.parameters())
 

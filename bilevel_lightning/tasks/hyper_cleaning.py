@@ -42,10 +42,11 @@ class HyperCleaning(BilevelTask):
     Upper: f(y) = mean over the validation samples of CE_j(y).
     Lower: g(x, y) = mean over the training samples of sigmoid(x_i) CE_i(y) + l2 |y|^2.
 
-    Batches are those of `CleaningData`. The metrics are, over all data of the stage: ``accuracy`` of y; ``precision``,
-    ``recall`` and ``f1`` of "clean" (weight >= 0.5); ``auroc`` of the weights as a score for "clean"; ``weight_clean``
-    and ``weight_corrupted``, the mean weights of samples with right and with replaced labels. These five use the
-    knowledge which labels were replaced, which nobody has outside experiments: they are for reporting only.
+    Batches are those of `CleaningData`; without ``"clean"`` in a batch only the accuracy is computed. The metrics are,
+    over all data of the stage: ``accuracy`` of y; ``precision``, ``recall`` and ``f1`` of "clean" (weight >= 0.5);
+    ``auroc`` of the weights as a score for "clean"; ``weight_clean`` and ``weight_corrupted``, the mean weights of
+    samples with right and with replaced labels. The last six use the knowledge which labels were replaced, which nobody
+    has outside experiments: they are for reporting only.
 
     Args:
         model: network from images to logits, the lower variables.
@@ -84,11 +85,12 @@ class HyperCleaning(BilevelTask):
     @override
     def metrics(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         images, labels = batch["upper"]
-        logits, clean, weights = self.lower(images), batch["clean"], self.upper(batch["lower"][2])
-        trusted = (weights >= 0.5).int()
+        logits, clean = self.lower(images), batch.get("clean")
         found = {"accuracy": multiclass_accuracy(logits, labels, logits.shape[1], average="micro")}
-        if clean.all():
+        if clean is None or clean.all():
             return found
+        weights = self.upper(batch["lower"][2])
+        trusted = (weights >= 0.5).int()
         return {
             **found,
             "precision": binary_precision(trusted, clean),

@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from bilevel_lightning import TRHG, Momentum
 from bilevel_lightning.callbacks import CleaningReport
 from bilevel_lightning.datamodules import DigitsCleaning
+from bilevel_lightning.datamodules.iterations import Whole
 from bilevel_lightning.models import LinearNet
 from bilevel_lightning.tasks import HyperCleaning
 
@@ -107,3 +108,15 @@ def test_retraining_is_a_weighted_mean_from_the_first_weights(run):
 def test_a_callback_of_the_trainer_replaces_the_task_s_own(run):
     _, _, loop, report = run
     assert [c for c in loop.callbacks if isinstance(c, CleaningReport)] == [report]
+
+
+def test_without_a_data_module_nothing_is_shown(tmp_path):
+    """The task with plain loaders: it trains, and its figures and report keep out of the way."""
+    data = DigitsCleaning(train_samples=40, val_samples=30)
+    data.setup()
+    module = TRHG(task=HyperCleaning(LinearNet((1, 8, 8)), samples=40))
+    batch = Whole({"lower": data.train, "upper": data.val})
+    loop = trainer(2, tmp_path, logger=TensorBoardLogger(tmp_path))
+    loop.fit(module, batch, batch)
+    assert float(loop.callback_metrics["val/accuracy"]) > 0
+    assert not list(tmp_path.rglob("*.png"))

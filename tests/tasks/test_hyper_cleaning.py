@@ -88,6 +88,7 @@ def test_metrics_against_counting_by_hand(data):
     assert found["weight_clean"] == pytest.approx(float(weights[clean].mean()))
     assert found["weight_corrupted"] == pytest.approx(float(weights[~clean].mean()))
     assert list(task.metrics({**batch, "clean": torch.ones_like(clean)})) == ["accuracy"]
+    assert list(task.metrics({"lower": batch["lower"], "upper": batch["upper"]})) == ["accuracy"]
 
 
 def test_a_hypergradient_step_tells_clean_from_corrupted():
