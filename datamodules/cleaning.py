@@ -171,6 +171,10 @@ class CleaningData(LightningDataModule):
         assert self.trainer is not None
         device, rank, world = self.trainer.strategy.root_device, self.trainer.global_rank, self.trainer.world_size
         module: Any = self.trainer.lightning_module
+        for name in ("lower_batch_size", "upper_batch_size"):
+            size = getattr(self, name)
+            if size is not None and size < world:
+                raise BilevelError(f"data.{name}={size} is less than the {world} processes that share it; raise it.")
         levels = [
             (tuple(t.to(device) for t in data), size)
             for data, size in ((self.train, self.lower_batch_size), (self.val, self.upper_batch_size))

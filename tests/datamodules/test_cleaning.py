@@ -4,6 +4,7 @@ import files
 import pytest
 import torch
 from loops import trainer
+from pytorch_lightning import Trainer
 
 from bilevel_lightning import BilevelError, Minibatches
 from bilevel_lightning.datamodules import CIFAR10Cleaning, DigitsCleaning, FashionMNISTCleaning, MNISTCleaning
@@ -162,6 +163,13 @@ def test_cifar_in_folders_and_in_batches(tmp_path, monkeypatch, offline):
 def test_impossible_settings(settings, message):
     with pytest.raises(BilevelError, match=message):
         DigitsCleaning(**settings)
+
+
+def test_a_minibatch_smaller_than_the_number_of_processes(monkeypatch):
+    data = ready(DigitsCleaning(lower_batch_size=1))
+    monkeypatch.setattr(Trainer, "world_size", 2)
+    with pytest.raises(BilevelError, match="data.lower_batch_size=1 is less than the 2 processes that share it"):
+        batches(data)
 
 
 def test_more_samples_than_there_are(tmp_path):
