@@ -62,7 +62,9 @@ class BilevelCLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self._get(self.config_init, "trainer")
-        if settings["fast_dev_run"] or settings["barebones"]:
+        if settings["barebones"]:
+            return super().instantiate_trainer(**kwargs, log_every_n_steps=None)  # nothing may be logged
+        if settings["fast_dev_run"]:
             return super().instantiate_trainer(**kwargs)
         root = Path(settings["default_root_dir"])
         try:

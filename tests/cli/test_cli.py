@@ -223,6 +223,15 @@ def test_resume_test_validate_predict_and_load(capsys):
     torch.testing.assert_close(weights, torch.sigmoid(module.task.upper.logits.detach()))
 
 
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
+@pytest.mark.parametrize("mode", ["fast_dev_run", "barebones"])
+def test_runs_that_write_nothing(mode):
+    quiet = QUICK if mode == "fast_dev_run" else []  # barebones switches all of it off by itself
+    fit(["--config", "hyper_cleaning/digits_trhg", "--config", str(TINY), f"--trainer.{mode}=true", *quiet])
+    assert not list(Path().rglob("*.ckpt"))
+    assert not list(Path().rglob("metrics.csv"))
+
+
 def test_interrupted_run_goes_on_to_the_bit():
     """Minibatches, three of six iterations, a new start from the file in the middle of an epoch."""
     args = [
