@@ -60,7 +60,9 @@ def checkpoint_settings(path: str) -> list[str]:
         BilevelError: if there is no checkpoint at ``path``.
     """
     if not Path(path).is_file():
-        raise BilevelError(f"--ckpt_path {path} does not exist.")
+        raise BilevelError(
+            f"--ckpt_path {path} does not exist. A run's checkpoints lie in runs/<config>/version_<n>/checkpoints."
+        )
     try:
         checkpoint = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
