@@ -5,22 +5,44 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 from bilevel_lightning.tree import Params
 
 
 class _Mean(torch.autograd.Function):
-    """Mean over processes whose derivative, the mean of the cotangents, is again differentiable."""
+    """Mean over processes whose derivatives, means of (co)tangents, are again differentiable, also under vmap."""
 
     @staticmethod
-    def forward(ctx: Any, flat: Tensor) -> Tensor:
+    @override
+    def forward(flat: Tensor) -> Tensor:
         out = flat.clone()
         dist.all_reduce(out)
         return out.div_(dist.get_world_size())
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+    @override
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Keeps nothing: the mean is linear."""
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *cotangents: Any) -> Any:
         return _Mean.apply(cotangents[0])
+
+    @staticmethod
+    @override
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return _Mean.apply(tangents[0])
+
+    @staticmethod
+    @override
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *flat: Any) -> Any:
+        return _Mean.apply(flat[0]), in_dims[0]
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def mean_over_processes(tree: Params) -> Params:
@@ -29,7 +51,7 @@ def mean_over_processes(tree: Params) -> Params:
     Lightning's DDP strategy does not see gradients taken with `torch.autograd.grad`, so every derivative of a loss over
     shared variables goes through here. With one process it returns its argument.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if _processes() == 1:
         return tree
     out: Params = {}
     for dtype in {t.dtype for t in tree.values()}:
@@ -38,3 +60,22 @@ def mean_over_processes(tree: Params) -> Params:
         pieces = flat.split([t.numel() for t in part.values()])
         out.update({name: piece.view_as(t) for piece, (name, t) in zip(pieces, part.items(), strict=True)})
     return {name: out[name] for name in tree}
+
+
+def total_over_processes(number: int, device: torch.device) -> int:
+    """Returns the sum of a count over all processes."""
+    if _processes() == 1:
+        return number
+    total = torch.tensor(number, device=device)
+    dist.all_reduce(total)
+    return int(total)
+
+
+def agree(tree: Params) -> Params:
+    """Returns the first process's values on all processes: random directions that all of them must share."""
+    if _processes() == 1:
+        return tree
+    out = {name: t.contiguous() for name, t in tree.items()}
+    for t in out.values():
+        dist.broadcast(t, src=0)
+    return out

@@ -2,6 +2,8 @@
 
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,22 +16,38 @@ from typing_extensions import override
 
 from bilevel_lightning import tree
 from bilevel_lightning.checks import check_levels, check_losses, diagnose, plain
-from bilevel_lightning.distributed import mean_over_processes
+from bilevel_lightning.distributed import agree, mean_over_processes, total_over_processes
 from bilevel_lightning.dynamics import Dynamics, GradientDescent
 from bilevel_lightning.errors import BilevelError, positive
-from bilevel_lightning.problem import BilevelProblem, Functional, bind
+from bilevel_lightning.problem import BilevelProblem, Functional, bind, running_norms, split
 from bilevel_lightning.state import State
-from bilevel_lightning.task import Bilevel, BilevelTask
+from bilevel_lightning.task import Bilevel, BilevelTask, Minibatches
 from bilevel_lightning.tree import Params
 
-ORACLES = ("upper_gradients", "lower_gradients", "hessian_products", "cross_products", "fixed_point_maps")
+ORACLES = (
+    "upper_gradients",
+    "lower_gradients",
+    "hessian_products",
+    "cross_products",
+    "fixed_point_maps",
+    "samples",
+)
 
 
 class Step(NamedTuple):
-    """What an algorithm returns for one upper iteration: the direction for x and the new y."""
+    """What an algorithm returns for one upper iteration.
+
+    Attributes:
+        upper_grad: the direction for x, an estimate of the hypergradient.
+        lower: the new y.
+        logs: scalars to log, such as ``train/residual``.
+        state: new values of what the algorithm keeps (`BilevelModule.initial_state`).
+    """
 
     upper_grad: Params
     lower: Params
+    logs: Mapping[str, Tensor] = MappingProxyType({})
+    state: Mapping[str, Params] = MappingProxyType({})
 
 
 class BilevelModule(LightningModule, Bilevel, ABC):
@@ -38,7 +56,11 @@ class BilevelModule(LightningModule, Bilevel, ABC):
     State the problem either with ``task=`` or by defining the members of `Bilevel` on a subclass of an algorithm. One
     batch ``{"lower": ..., "upper": ...}`` is one upper iteration, and only upper iterations advance ``global_step``.
     Logged at every ``log_every_n_steps``: ``train/upper_loss`` f(x_k, y_{k+1}), ``train/lower_loss`` g(x_k, y_{k+1}),
-    ``train/stationarity`` ``|g_y(x_k, y_{k+1})|``, ``train/hypergradient_norm``, and the oracles evaluated so far.
+    ``train/stationarity`` ``|g_y(x_k, y_{k+1})|``, ``train/hypergradient_norm``, and the oracles evaluated so far:
+    gradients, products, and the samples that all of them touched.
+
+    Losses may contain dropout and batch normalisation. Running statistics are not changed by the many evaluations of
+    an iteration; they advance once, on the lower batch at (x_{k+1}, y_{k+1}).
 
     Args:
         task: the bilevel problem; None if the subclass states it.
@@ -52,6 +74,8 @@ class BilevelModule(LightningModule, Bilevel, ABC):
     Raises:
         BilevelError: if a setting is impossible, or the losses do not fit it; the message names the remedy.
     """
+
+    least_lower_steps = 1
 
     def __init__(
         self,
@@ -74,12 +98,13 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         self.upper_optimizer, self.upper_scheduler = upper_optimizer, upper_scheduler
         if upper_clip_norm is not None:
             positive("upper_clip_norm", upper_clip_norm)
-        if lower_steps < 1:
-            raise BilevelError(f"lower_steps must be at least 1, got {lower_steps}.")
+        if lower_steps < self.least_lower_steps:
+            raise BilevelError(f"lower_steps must be at least {self.least_lower_steps}, got {lower_steps}.")
         self.upper_clip_norm = upper_clip_norm
         self.dynamics, self.lower_steps, self.warm_start = dynamics, lower_steps, warm_start
         self.learnable = nn.ParameterDict()
         self.cold_start: State | None = None
+        self.states = nn.ModuleDict()
         self._checked: bool | None = None  # None: not configured; False: losses not looked at yet
         self.register_buffer("oracles", torch.zeros(len(ORACLES), dtype=torch.long))
         self.oracles: Tensor
@@ -96,6 +121,20 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         Returns:
             The direction for x, an estimate of the hypergradient, by the names of x; and the new y.
         """
+
+    def initial_state(self, y: Params) -> dict[str, Params]:
+        """Returns what the algorithm keeps from one upper iteration to the next besides y, by name; default: nothing.
+
+        It is asked only where one y persists. `kept` reads it; what `Step.state` holds replaces it after the iteration.
+        """
+        return {}
+
+    def kept(self, name: str) -> Params | None:
+        """Returns the kept tensors of that name, or None where nothing is kept."""
+        if name not in self.states:
+            return None
+        values: Params = self.states[name].get()  # type: ignore[operator]
+        return values
 
     def minibatches(self, k: int) -> tuple[int, int]:
         """Returns how many lower and upper minibatches upper iteration ``k`` takes, where data come in minibatches."""
@@ -126,10 +165,12 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             return
         x, y = check_levels(self.hooks)
         device = next(iter(x.values()))
-        for name, value in self.dynamics.learnable().items():
+        for name, value in self.dynamics.learnable(self.lower_steps).items():
             self.learnable[name.removeprefix("dynamics/")] = nn.Parameter(value.to(device))
         if not self.warm_start and self.hooks.persistent_lower:
             self.cold_start = State(y)
+        if self.hooks.persistent_lower:
+            self.states.update({name: State(values) for name, values in self.initial_state(tree.detach(y)).items()})
         self._checked = False
 
     @override
@@ -166,25 +207,27 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         due = every and (self.global_step + 1) % every == 0
         gradients, logs, y = [], [], {}
+        state: Mapping[str, Params] = {}
         episodes = self.hooks.episodes(batch)
         if self.hooks.persistent_lower and len(episodes) != 1:
             raise BilevelError(
                 f"episodes(batch) returned {len(episodes)} problems, but one y persists; set persistent_lower = False."
             )
         for episode in episodes:
-            problem, z, pull_back = bind(self.hooks, episode, x, mean_over_processes)
+            problem, z, pull_back = bind(self.hooks, episode, x, mean_over_processes, agree)
             y = self._start(x)
             if not self._checked:
                 with self._aside():
                     check_losses(problem, z, y)
                 self._checked = True
             step = self.bilevel_step(problem, z, y)
-            y = step.lower
+            y, state = step.lower, step.state
             gradients.append(pull_back(step.upper_grad))
+            problem.counts["samples"] = total_over_processes(problem.counts["samples"], self.device)
             self.oracles += torch.tensor([problem.counts[name] for name in ORACLES], device=self.oracles.device)
             if due:
                 with self._aside():
-                    logs.append(diagnose(problem, z, y))
+                    logs.append({**diagnose(problem, z, y), **step.logs})
         gradient = mean_over_processes(tree.mean(gradients))
         norm = tree.norm(gradient)
         if not torch.isfinite(norm):
@@ -195,8 +238,20 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         self._step_upper(gradient, norm)
         if self.hooks.persistent_lower:
             tree.assign(self.hooks.lower, y)
+            for name, values in state.items():
+                self.states[name].set(values)  # type: ignore[operator]
+        self._advance_statistics(episodes)
         if due:
             self._log_step(tree.mean(logs), norm)
+
+    def _advance_statistics(self, episodes: Sequence[Any]) -> None:
+        """Adds the lower data, once an upper iteration, to the running statistics of normalisation layers."""
+        if not any(running_norms(level) for level in (self.hooks.upper, self.hooks.lower)):
+            return
+        with torch.no_grad(), self._aside():
+            for episode in episodes:
+                lower = split(episode)[0]
+                self.hooks.lower_loss(lower[0] if isinstance(lower, Minibatches) else lower)
 
     def _aside(self) -> Any:
         """A context for what must not change the random numbers of training."""
@@ -248,7 +303,7 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             x = tree.clone(self.upper_parameters())
             results = []
             for episode in self.hooks.episodes(batch):
-                problem, z, _ = bind(self.hooks, episode, x, mean_over_processes)
+                problem, z, _ = bind(self.hooks, episode, x, mean_over_processes, agree)
                 y = tree.clone(self.hooks.initial_lower({n: t for n, t in x.items() if "/" not in n}))
                 if not self.hooks.persistent_lower:
                     y = self.solve_lower(problem, z, y)

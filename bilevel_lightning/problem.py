@@ -1,21 +1,25 @@
 """The oracles of one bilevel problem on one batch: all that an algorithm sees."""
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from bilevel_lightning import tree
+from bilevel_lightning.derivatives import Loss, PlainAttention, Rule, Target, gradient
 from bilevel_lightning.errors import BilevelError
 from bilevel_lightning.task import Bilevel, Minibatches
 from bilevel_lightning.tree import Params
 
-Loss: TypeAlias = Callable[[Params, Params], Tensor]
 Operator: TypeAlias = Callable[[Params], Params]
 
 LEVELS = (("lower", "upper"), ("support", "query"), ("train", "test"))
@@ -35,11 +39,17 @@ class BilevelProblem:
         fixed_point: map y -> Phi(x, y), or one for each lower minibatch (equilibrium models).
         initial: y_0(x), where the start of the lower level depends on x (MAML).
         reduce: differentiable average over processes, where y is shared by them; default: identity.
+        agree: makes random directions equal on the processes that share y; default: identity.
+        samples: how many samples each lower minibatch and the upper batch hold, to count what was touched.
 
     Attributes:
         start_depends_on_x: whether y_0 is a function of x.
+        constrained: whether the lower level has a proximal map or a projection.
+        minibatches: number of lower minibatches.
+        rule: how tracked gradients are differentiated (`derivatives`).
         counts: number of evaluated oracles so far, by name: ``upper_gradients``, ``lower_gradients``,
-            ``hessian_products`` (g_yy v) and ``cross_products`` (g_xy v).
+            ``hessian_products`` (g_yy v), ``cross_products`` (g_xy v), ``fixed_point_maps``, and ``samples``, how many
+            samples all of them touched.
     """
 
     def __init__(
@@ -51,13 +61,32 @@ class BilevelProblem:
         fixed_point: Sequence[Callable[[Params, Params], Params]] = (),
         initial: Callable[[Params], Params] | None = None,
         reduce: Operator | None = None,
+        agree: Operator | None = None,
+        samples: tuple[Sequence[int], int] = ((0,), 0),
     ) -> None:
         self.f = f
         self._g = [g] if callable(g) else list(g)
         self._prox, self._fixed_point, self._initial = prox, fixed_point, initial
-        self.start_depends_on_x = initial is not None
+        self.start_depends_on_x, self.constrained = initial is not None, prox is not None
+        self.minibatches = max(len(self._g), len(fixed_point))
         self._reduce = reduce or (lambda values: values)
+        self.agree = agree or (lambda values: values)
+        self._samples = samples
+        self.rule: Rule = "graph"
+        self._radius = 0.0
         self.counts: Counter[str] = Counter()
+
+    def tracked_by(self, rule: Rule, radius: float = 0.01) -> "BilevelProblem":
+        """Returns the same problem, and counts, with tracked gradients differentiated by ``rule`` (`derivatives`)."""
+        other = copy.copy(self)
+        other.rule, other._radius = rule, radius
+        return other
+
+    def count(self, oracle: str, t: int | None = None, times: int = 1) -> None:
+        """Adds ``times`` evaluations of an oracle on lower minibatch ``t``, or on the upper batch (None)."""
+        lower, upper = self._samples
+        self.counts[oracle] += times
+        self.counts["samples"] += times * (upper if t is None else lower[t % len(lower)])
 
     def g(self, x: Params, y: Params, t: int = 0) -> Tensor:
         """Returns the lower loss on the minibatch of lower step ``t``."""
@@ -65,36 +94,59 @@ class BilevelProblem:
 
     def grad_f(self, x: Params, y: Params) -> tuple[Params, Params]:
         """Returns (f_x, f_y)."""
-        self.counts["upper_gradients"] += 1
+        self.count("upper_gradients")
         x, y = tree.leaf(x), tree.leaf(y)
         with torch.enable_grad():
             f_x, f_y = tree.grad(self.f(x, y), x, y)
         return self._reduce(f_x), self._reduce(f_y)
 
+    def grad_f_y(self, x: Params, y: Params, *, track: bool = False) -> Params:
+        """Returns f_y; with ``track`` as a differentiable function of the given x and y."""
+        return self._gradient(self.f, partial(self.count, "upper_gradients"), x, y, track)
+
     def grad_g(self, x: Params, y: Params, t: int = 0, *, track: bool = False) -> Params:
         """Returns g_y at lower step ``t``; with ``track`` as a differentiable function of the given x and y."""
-        self.counts["lower_gradients"] += 1
-        if not track:
-            x, y = tree.detach(x), tree.leaf(y)
+        return self._gradient(partial(self.g, t=t), partial(self.count, "lower_gradients", t), x, y, track)
+
+    def _gradient(self, loss: Loss, evaluated: Callable[[], None], x: Params, y: Params, track: bool) -> Params:
+        evaluated()
+        if track:
+            return self._reduce(gradient(Target(loss, evaluated, self._radius), x, y, self.rule))
+        x, y = tree.detach(x), tree.leaf(y)
         with torch.enable_grad():
-            (g_y,) = tree.grad(self.g(x, y, t), y, create_graph=track)
-        return self._reduce(g_y)
+            return self._reduce(tree.grad(loss(x, y), y)[0])
 
     def hessian_products(self, x: Params, y: Params, t: int = 0) -> tuple[Operator, Operator]:
         """Returns the maps v -> g_yy v and v -> g_xy v at (x, y); the gradient's graph is built once for both."""
+        self.count("lower_gradients", t)
         x, y = tree.leaf(x), tree.leaf(y)
-        with torch.enable_grad():
+        with torch.enable_grad(), PlainAttention():
             g_y = tree.grad(self.g(x, y, t), y, create_graph=True)[0]
+        return self._product(g_y, "hessian_products", y, t), self._product(g_y, "cross_products", x, t)
 
-        def product(name: str, wrt: Params) -> Operator:
-            def apply(v: Params) -> Params:
-                self.counts[name] += 1
-                cotangents = [v[key] for key in g_y]
-                return self._reduce(tree.vjp([*g_y.values()], cotangents, wrt, retain_graph=True)[0])
+    def map_products(
+        self, phi: Callable[["BilevelProblem", Params, Params], Params], x: Params, y: Params, t: int = 0
+    ) -> tuple[Operator, Operator, Operator]:
+        """Returns v -> Phi_y^T v, v -> Phi_x^T v and v -> Phi_y v at (x, y) for a map ``phi(problem, x, y)``."""
+        x, y = tree.leaf(x), tree.leaf(y)
+        with torch.enable_grad(), PlainAttention():
+            image = phi(self.tracked_by("graph"), x, y)
+            cotangents = {name: torch.zeros_like(t, requires_grad=True) for name, t in image.items()}
+            (adjoint,) = tree.vjp([*image.values()], [*cotangents.values()], y, create_graph=True)
 
-            return apply
+        def forward(v: Params) -> Params:
+            self.count("hessian_products", t)
+            through = tree.vjp([*adjoint.values()], [v[n] for n in adjoint], cotangents, retain_graph=True)
+            return self._reduce(through[0])
 
-        return product("hessian_products", y), product("cross_products", x)
+        return self._product(image, "hessian_products", y, t), self._product(image, "cross_products", x, t), forward
+
+    def _product(self, outputs: Params, name: str, wrt: Params, t: int) -> Operator:
+        def apply(v: Params) -> Params:
+            self.count(name, t)
+            return self._reduce(tree.vjp([*outputs.values()], [v[n] for n in outputs], wrt, retain_graph=True)[0])
+
+        return apply
 
     def prox(self, x: Params, y: Params, step: float | Tensor) -> Params:
         """Returns the proximal map (or projection) of the lower level at y."""
@@ -104,25 +156,45 @@ class BilevelProblem:
         """Returns Phi(x, y), the task's fixed-point map at lower step ``t``."""
         if not self._fixed_point:
             raise BilevelError("This problem has no fixed-point map; use gradient dynamics or define fixed_point_map.")
-        self.counts["fixed_point_maps"] += 1
-        return self._fixed_point[t % len(self._fixed_point)](x, y)
+        phi = self._fixed_point[t % len(self._fixed_point)]
+
+        def evaluate(x: Params, y: Params) -> Params:
+            self.count("fixed_point_maps", t)
+            return phi(x, y)
+
+        if torch.is_grad_enabled() and self.rule in ("recompute", "mixed"):
+            with torch.enable_grad(), PlainAttention():
+                again: Params = checkpoint(evaluate, x, y, use_reentrant=False)
+            return again
+        return evaluate(x, y)
+
+    def initial(self, x: Params) -> Params:
+        """Returns y_0(x), where the start of the lower level depends on x."""
+        if self._initial is None:
+            raise BilevelError("The start of this problem's lower level does not depend on x.")
+        return self._initial(x)
 
     def initial_vjp(self, x: Params, v: Params) -> Params:
-        """Returns v^T d y_0 / d x: zero unless the start of the lower level depends on x."""
-        if self._initial is None:
-            return tree.zeros_like(x)
+        """Returns v^T d y_0 / d x."""
         x = tree.leaf(x)
         with torch.enable_grad():
-            y0 = self._initial(x)
+            y0 = self.initial(x)
         return tree.vjp([*y0.values()], [v[name] for name in y0], x)[0]
 
 
 class Functional(nn.Module):
-    """Calls a method of a task with other values in place of its upper and lower parameters."""
+    """Calls a method of a task with other values in place of its upper and lower parameters.
+
+    Running statistics of normalisation layers are read, but what an evaluation adds to them is dropped: the losses stay
+    functions of (x, y). `BilevelModule` advances the statistics once in an upper iteration.
+    """
 
     def __init__(self, task: Any) -> None:
         super().__init__()
         self.task = task
+        self._statistics = {
+            f"{prefix}.{name}": t for prefix, layer in running_norms(self) for name, t in layer.named_buffers()
+        }
 
     @override
     def forward(self, method: str, *args: Any) -> Any:
@@ -132,7 +204,20 @@ class Functional(nn.Module):
         """Returns ``task.method(*args)`` at (x, y)."""
         values = {f"task.upper.{name}": t for name, t in x.items() if "/" not in name}
         values.update({f"task.lower.{name}": t for name, t in y.items()})
+        values.update({name: t.clone() for name, t in self._statistics.items()})
         return functional_call(self, values, (method, *args))
+
+
+def running_norms(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Returns the normalisation layers, with their names, whose running statistics an evaluation would change."""
+    layers = [(name, m) for name, m in module.named_modules() if isinstance(m, _NormBase)]
+    return [(name, m) for name, m in layers if m.training and m.track_running_stats]
+
+
+def size(part: Any) -> int:
+    """Returns the number of samples in a part of a batch: the length of its first tensor."""
+    lengths = [len(t) if t.ndim else 1 for t in tree_flatten(part)[0] if isinstance(t, Tensor)]
+    return lengths[0] if lengths else 0
 
 
 def own(x: Params) -> Params:
@@ -178,7 +263,9 @@ def _prepare(
     return tree.detach(prepared), fill, pull_back
 
 
-def bind(task: Bilevel, batch: Any, x: Params, reduce: Operator) -> tuple[BilevelProblem, Params, Operator]:
+def bind(
+    task: Bilevel, batch: Any, x: Params, reduce: Operator | None = None, agree: Operator | None = None
+) -> tuple[BilevelProblem, Params, Operator]:
     """Binds a task to one episode.
 
     Args:
@@ -186,6 +273,7 @@ def bind(task: Bilevel, batch: Any, x: Params, reduce: Operator) -> tuple[Bileve
         batch: one episode, ``{"lower": ..., "upper": ...}``.
         x: values of the upper variables.
         reduce: average over processes; used where the task's y is shared by them.
+        agree: makes random directions equal on all processes; used where the task's y is shared by them.
 
     Returns:
         The problem, its upper variables (x and, with `Bilevel.prepare`, the prepared tensors), and the map that
@@ -201,14 +289,21 @@ def bind(task: Bilevel, batch: Any, x: Params, reduce: Operator) -> tuple[Bileve
 
         return loss
 
-    lower = split(batch)[0]
-    steps: Sequence[int | None] = range(len(lower)) if isinstance(lower, Minibatches) else [None]
+    lower, upper = split(batch)
+    several = isinstance(lower, Minibatches)
+    steps: Sequence[int | None] = range(len(lower)) if several else [None]
+    hooks = type(task)
+    constrained = hooks.prox_lower is not Bilevel.prox_lower or hooks.project_lower is not Bilevel.project_lower
+    mapped = hooks.fixed_point_map is not Bilevel.fixed_point_map
+    shared = task.persistent_lower
     problem = BilevelProblem(
         level("upper_loss", 1),
         [level("lower_loss", 0, t) for t in steps],
-        prox=lambda x, y, step: task.prox_lower(own(x), y, step),
-        fixed_point=[level("fixed_point_map", 0, t) for t in steps],
-        initial=None if task.persistent_lower else lambda x: task.initial_lower(own(x)),
-        reduce=reduce if task.persistent_lower else None,
+        prox=(lambda x, y, step: task.prox_lower(own(x), y, step)) if constrained else None,
+        fixed_point=[level("fixed_point_map", 0, t) for t in steps] if mapped else (),
+        initial=None if shared else lambda x: task.initial_lower(own(x)),
+        reduce=reduce if shared else None,
+        agree=agree if shared else None,
+        samples=([size(part) for part in lower] if several else [size(lower)], size(upper)),
     )
     return problem, {**x, **z}, pull_back

@@ -1,5 +1,6 @@
 """What an algorithm keeps from one upper iteration to the next, in the checkpoint."""
 
+import torch
 from torch import nn
 
 from bilevel_lightning import tree
@@ -17,6 +18,12 @@ class State(nn.Module):
         super().__init__()
         for name, t in tree.clone(values).items():
             self.register_buffer(name.replace(".", "/"), t)
+
+    @torch.no_grad()
+    def set(self, values: Params) -> None:
+        """Writes the tensors in place."""
+        for name, t in self.named_buffers():
+            t.copy_(values[name.replace("/", ".")])
 
     def get(self) -> Params:
         """Returns the tensors by their names."""

@@ -40,10 +40,10 @@ def test_decreasing_step():
 
 def test_learnt_step_size_starts_at_lr_and_stays_positive():
     dynamics = GradientDescent(0.25, learn_lr=True)
-    (name,) = dynamics.learnable()
-    assert float(dynamics.rate(dynamics.learnable(), 0)) == 0.25
+    (name,) = dynamics.learnable(12)
+    assert float(dynamics.rate(dynamics.learnable(12), 0)) == 0.25
     assert float(dynamics.rate({name: torch.tensor(-9.0)}, 0)) > 0
-    assert GradientDescent(0.25).learnable() == {}
+    assert GradientDescent(0.25).learnable(12) == {}
 
 
 def test_adam_has_a_derivative_where_all_gradients_were_zero():

@@ -217,7 +217,7 @@ def loss_is(value):
         (lambda: RHG(lower_steps=0), "lower_steps must be at least 1, got 0"),
         (lambda: RHG(lower_steps=5, truncation=6), "truncation K=6 must be between 1 and lower_steps T=5"),
         (lambda: RHG(truncation=0), "truncation K=0 must be between 1"),
-        (lambda: RHG(memory="disk"), "memory must be 'graph' or 'recompute', got 'disk'"),
+        (lambda: RHG(memory="disk"), "memory must be 'graph', 'recompute' or 'mixed', got 'disk'"),
         (lambda: RHG(upper_clip_norm=0.0), "upper_clip_norm must be a positive number, got 0.0"),
         (
             lambda: fit(RHG(task=Quadratic(), upper_optimizer=sgd(-1.0)), 1),
@@ -239,7 +239,7 @@ def loss_is(value):
             lambda: fit(RHG(task=Quadratic(), dynamics=GradientDescent(1e9)), 3),
             r"hypergradient is (nan|inf).*dynamics.lr",
         ),
-        (lambda: fit(RHG(task=Quadratic(), dynamics=FixedPoint()), 1), "does not define fixed_point_map"),
+        (lambda: fit(RHG(task=Quadratic(), dynamics=FixedPoint()), 1), "has no fixed-point map"),
         (lambda: fit(RHG(task=BilevelTask()), 1), "BilevelTask.upper must be a module"),
     ],
 )

@@ -1,11 +1,11 @@
 """Reverse hypergradient and its truncated form."""
 
-from typing import Any
+from typing import Any, get_args
 
 from typing_extensions import override
 
 from bilevel_lightning.errors import BilevelError
-from bilevel_lightning.hypergradients import reverse
+from bilevel_lightning.hypergradients import first_order, reverse
 from bilevel_lightning.hypergradients.unrolled import Memory
 from bilevel_lightning.module import BilevelModule, Step
 from bilevel_lightning.problem import BilevelProblem
@@ -26,12 +26,16 @@ class RHG(BilevelModule):
 
     Args:
         truncation: number K of last lower steps to differentiate, 1 <= K <= T; None (default): all.
-        memory: ``graph`` (default) keeps the graph of K steps; ``recompute`` keeps the K iterates and rebuilds one
-            step at a time: equal to rounding, less memory, about 1.5 times the time.
+        memory: ``graph`` (default) keeps the graph of K steps; ``recompute`` keeps the K iterates and evaluates each
+            lower gradient again: equal to rounding, less memory, about 1.5 times the time; ``mixed`` does so forward
+            over reverse: still less memory, more time (docs/benchmarks.md).
+        first_order: take d y_T / d y_0 := I, so that the hypergradient is f_x + (d y_0 / d x)^T f_y (FOMAML). Default
+            False.
         **kwargs: settings of `BilevelModule`.
 
     Raises:
-        BilevelError: if truncation is outside 1..T.
+        BilevelError: if truncation is outside 1..T, or first_order comes with a truncation or with a lower level whose
+            start does not depend on x.
 
     References:
         L. Franceschi, M. Donini, P. Frasconi, M. Pontil. Forward and Reverse Gradient-Based Hyperparameter
@@ -39,23 +43,46 @@ class RHG(BilevelModule):
         A. Shaban, C.-A. Cheng, N. Hatch, B. Boots. Truncated Back-propagation for Bilevel Optimization. AISTATS 2019.
     """
 
-    def __init__(self, *, truncation: int | None = None, memory: Memory = "graph", **kwargs: Any) -> None:
+    def __init__(
+        self, *, truncation: int | None = None, memory: Memory = "graph", first_order: bool = False, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
+        if first_order and truncation is not None:
+            raise BilevelError("first_order differentiates no lower step: leave truncation out, or first_order.")
         if truncation is not None and not 1 <= truncation <= self.lower_steps:
             raise BilevelError(
                 f"truncation K={truncation} must be between 1 and lower_steps T={self.lower_steps}: "
                 "lower truncation or raise lower_steps."
             )
-        if memory not in ("graph", "recompute"):
-            raise BilevelError(f"memory must be 'graph' or 'recompute', got {memory!r}.")
-        self.truncation, self.memory = truncation, memory
+        if memory not in get_args(Memory):
+            raise BilevelError(f"memory must be 'graph', 'recompute' or 'mixed', got {memory!r}.")
+        self.truncation, self.memory, self.first_order = truncation, memory, first_order
 
     @override
     def bilevel_step(self, problem: BilevelProblem, x: Params, y: Params) -> Step:
+        if self.first_order:
+            if not problem.start_depends_on_x:
+                raise BilevelError("first_order needs a start y_0(x): define initial_lower; persistent_lower = False.")
+            return Step(*first_order(problem, self.dynamics, x, y, self.lower_steps))
         gradient, y = reverse(
             problem, self.dynamics, x, y, self.lower_steps, truncation=self.truncation, memory=self.memory
         )
         return Step(gradient, y)
+
+
+class ITD(RHG):
+    r"""Iterative differentiation (ITD): the name of `RHG` beside approximate implicit differentiation (AID).
+
+    Args:
+        **kwargs: settings of `RHG`.
+
+    References:
+        R. Grazzi, L. Franceschi, M. Pontil, S. Salzo. On the Iteration Complexity of Hypergradient Computation. ICML
+        2020.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
 
 
 class TRHG(RHG):

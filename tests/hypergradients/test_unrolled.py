@@ -20,7 +20,7 @@ DYNAMICS = {
 
 
 def setup(task, dynamics):
-    learnable = {name: t.double() for name, t in dynamics.learnable().items()}
+    learnable = {name: t.double() for name, t in dynamics.learnable(12).items()}
     problem, x, _ = bind(task, None, {**tree.detach(tree.of(task.upper)), **learnable}, lambda v: v)
     return problem, x, tree.detach(tree.of(task.lower))
 
@@ -43,7 +43,7 @@ def test_recomputing_equals_the_graph(dynamics, truncation):
     assert all(torch.equal(y_graph[name], y_recomputed[name]) for name in y)
 
 
-@pytest.mark.parametrize("memory", ["graph", "recompute"])
+@pytest.mark.parametrize("memory", ["graph", "recompute", "mixed"])
 @pytest.mark.parametrize("dynamics", DYNAMICS.values(), ids=DYNAMICS)
 def test_full_truncation_is_no_truncation(dynamics, memory):
     problem, x, y = setup(Nonlinear(), dynamics)
@@ -74,7 +74,7 @@ def test_finite_differences(dynamics):
             column[i] = (objective({**x, name: value + shift}) - objective({**x, name: value - shift})) / 2e-5
         differences[name] = column.view_as(value)
     assert relative(gradient, differences) < 1e-6
-    if dynamics.learnable():
+    if dynamics.learnable(12):
         assert gradient["dynamics/log_lr_factor"].abs() > 1e-6
 
 
@@ -105,7 +105,7 @@ def test_an_independent_unrolling():
     assert relative(y_end, {"w": w.detach(), "b": b.detach()}) < 1e-14
 
 
-@pytest.mark.parametrize("memory", ["graph", "recompute"])
+@pytest.mark.parametrize("memory", ["graph", "recompute", "mixed"])
 @pytest.mark.parametrize(
     ("task", "truncation", "limit"),
     [
@@ -129,7 +129,7 @@ def test_limits_of_training_with_warm_start(task, truncation, limit, memory):
         assert float({**x, **y}[name]) == pytest.approx(value, abs=1e-5)
 
 
-@pytest.mark.parametrize("memory", ["graph", "recompute"])
+@pytest.mark.parametrize("memory", ["graph", "recompute", "mixed"])
 def test_derivative_through_the_start(memory):
     task, dynamics = FromX(), Momentum(0.1, 0.5)
     problem, x, _ = setup(task, dynamics)
@@ -148,7 +148,7 @@ def test_derivative_through_the_start(memory):
     assert relative(reverse(problem, dynamics, x, y0, 5, truncation=4, memory=memory)[0], expected) > 1e-3
 
 
-@pytest.mark.parametrize("memory", ["graph", "recompute"])
+@pytest.mark.parametrize("memory", ["graph", "recompute", "mixed"])
 def test_fixed_point_maps(memory):
     task = Contraction()
     problem, x, y = setup(task, FixedPoint())
@@ -156,7 +156,8 @@ def test_fixed_point_maps(memory):
     inverse = torch.linalg.inv(torch.eye(5, dtype=torch.float64) - task.m)
     assert relative(y, {"y": inverse @ x["x"]}) < 1e-14
     assert relative(gradient, {"x": inverse.T @ (inverse @ x["x"] - task.c)}) < 1e-14
-    assert problem.counts["fixed_point_maps"] == (60 if memory == "graph" else 120)
+    # the first step is linear in x and starts at a constant: nothing of it has to be evaluated again
+    assert problem.counts["fixed_point_maps"] == (60 if memory == "graph" else 119)
 
 
 class Boxed(Nonlinear):
@@ -167,7 +168,7 @@ class Boxed(Nonlinear):
         return {**lower, "w": torch.minimum(torch.maximum(lower["w"], -bound), bound)}
 
 
-@pytest.mark.parametrize("memory", ["graph", "recompute"])
+@pytest.mark.parametrize("memory", ["graph", "recompute", "mixed"])
 def test_projection_is_differentiated(memory):
     dynamics, task = GradientDescent(0.2), Boxed()
     problem, x, y = setup(task, dynamics)
@@ -202,18 +203,17 @@ def test_random_losses_are_replayed():
 
 
 class Live:
-    """Counts tensors that autograd keeps, by saved-tensor hooks."""
-
-    def __init__(self):
-        self.now = self.peak = 0
+    """Counts the bytes that autograd keeps, by saved-tensor hooks; what is saved twice counts once."""
 
     def pack(self, tensor):
-        self.now += 1
-        self.peak = max(self.peak, self.now)
+        storage = tensor.untyped_storage()
+        self.kept[storage.data_ptr()] = self.kept.get(storage.data_ptr(), 0) + 1
+        self.bytes[storage.data_ptr()] = storage.nbytes()
+        self.peak = max(self.peak, sum(self.bytes[p] for p in self.kept))
         return _Held(self, tensor)
 
     def count(self, memory, steps, truncation=None):
-        self.now = self.peak = 0
+        self.kept, self.bytes, self.peak = {}, {}, 0
         problem, x, y = setup(Nonlinear(), Momentum(0.1, 0.8))
         with torch.autograd.graph.saved_tensors_hooks(self.pack, lambda held: held.tensor):
             reverse(problem, Momentum(0.1, 0.8), x, y, steps, truncation=truncation, memory=memory)
@@ -222,17 +222,23 @@ class Live:
 
 class _Held:
     def __init__(self, live, tensor):
-        self.live, self.tensor = live, tensor
+        self.live, self.tensor, self.key = live, tensor, tensor.untyped_storage().data_ptr()
 
     def __del__(self):
-        self.live.now -= 1
+        self.live.kept[self.key] -= 1
+        if not self.live.kept[self.key]:
+            del self.live.kept[self.key]
+
+
+STATE = 8 * 4  # bytes of y
 
 
 def test_memory_of_the_modes():
     live = Live()
-    assert live.count("recompute", 40) == live.count("recompute", 5)
-    assert live.count("graph", 40) > 6 * live.count("graph", 5)
-    assert live.count("graph", 200, truncation=5) == live.count("graph", 20, truncation=5)
+    assert live.count("recompute", 40) - live.count("recompute", 5) <= 35 * STATE
+    assert live.count("graph", 40) - live.count("graph", 5) > 10 * 35 * STATE
+    for memory in ("graph", "recompute"):
+        assert live.count(memory, 200, truncation=5) == live.count(memory, 20, truncation=5)
 
 
 def test_recompute_holds_k_states():
@@ -243,8 +249,7 @@ def test_recompute_holds_k_states():
     class Watched(GradientDescent):
         def step(self, problem, x, state, t, *, track=False):
             out = super().step(problem, x, state, t, track=track)
-            if not track:
-                alive.add(out[0]["w"])
+            alive.add(out[0]["w"])
             peak.append(len(alive))
             return out
 

@@ -1,0 +1,193 @@
+"""Gradient descent and its relatives: momentum, Nesterov, heavy ball, aggregated descent."""
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from bilevel_lightning import tree
+from bilevel_lightning.dynamics.base import Dynamics, Learn, State, fraction, learnt_fraction
+from bilevel_lightning.errors import positive
+from bilevel_lightning.problem import BilevelProblem
+from bilevel_lightning.schedules import InverseTime, Schedule
+from bilevel_lightning.tree import Params
+
+
+class GradientDescent(Dynamics):
+    r"""``y <- prox(y - lr g_y(x, y))``, the proximal map being the task's projection or the identity.
+
+    Args:
+        lr: step size, or a schedule over the lower steps. Default 0.1.
+        learn_lr: learn the step size as an upper variable theta, ``lr exp(theta)``, from theta = 0, so that it stays
+            positive; ``per_step``: one theta for each lower step, a learnt schedule. Default False.
+
+    Raises:
+        BilevelError: if lr is not positive.
+    """
+
+    def __init__(self, lr: float | Schedule = 0.1, learn_lr: Learn = False) -> None:
+        self.lr = lr if isinstance(lr, Schedule) else positive(f"{type(self).__name__}.lr", lr)
+        self.learn_lr = learn_lr
+
+    def rate(self, x: Params, t: int) -> float | Tensor:
+        """Returns the step size at lower step ``t``."""
+        lr = self.lr(t) if isinstance(self.lr, Schedule) else self.lr
+        if "dynamics/log_lr_factor" not in x:
+            return lr
+        theta = x["dynamics/log_lr_factor"]
+        return lr * (theta[min(t, len(theta) - 1)] if theta.ndim else theta).exp()
+
+    @override
+    def learnable(self, steps: int) -> Params:
+        size = (steps,) if self.learn_lr == "per_step" else ()
+        return {"dynamics/log_lr_factor": torch.zeros(size)} if self.learn_lr else {}
+
+    @override
+    def linear_step(self) -> float | None:
+        return self.lr(0) if isinstance(self.lr, Schedule) else self.lr
+
+    @override
+    def contraction(self, problem: BilevelProblem, x: Params, y: Params, t: int = 0) -> Params:
+        lr = self.rate(x, 0)
+        return problem.prox(x, tree.axpy(-lr, problem.grad_g(x, y, t, track=True), y), lr)
+
+    @override
+    def step(self, problem: BilevelProblem, x: Params, state: State, t: int, *, track: bool = False) -> State:
+        y, *memory = state
+        lr = self.rate(x, t)
+        direction, memory = self.direction(x, problem.grad_g(x, y, t, track=track), memory, t)
+        return (problem.prox(x, tree.axpy(-lr, direction, y), lr), *memory)
+
+    def direction(self, x: Params, g_y: Params, memory: list[Params], t: int) -> tuple[Params, list[Params]]:
+        """Returns the descent direction and the new memories."""
+        return g_y, memory
+
+
+class Momentum(GradientDescent):
+    r"""Gradient descent with momentum in torch's convention: ``m <- mu m + g_y``, ``y <- prox(y - lr m)``, m_0 = 0.
+
+    Args:
+        lr: as in `GradientDescent`.
+        momentum: mu in [0, 1). Default 0.9.
+        learn_lr: as in `GradientDescent`.
+        learn_momentum: learn mu as an upper variable theta, ``mu = sigmoid(logit(momentum) + theta)``. Default False.
+
+    Raises:
+        BilevelError: if momentum is outside [0, 1) or lr is not positive.
+    """
+
+    def __init__(
+        self,
+        lr: float | Schedule = 0.1,
+        momentum: float = 0.9,
+        learn_lr: Learn = False,
+        learn_momentum: bool = False,
+    ) -> None:
+        super().__init__(lr, learn_lr)
+        self.momentum = fraction(f"{type(self).__name__}.momentum", momentum, 0.0 if learn_momentum else -1.0)
+        self.learn_momentum = learn_momentum
+
+    def factor(self, x: Params) -> float | Tensor:
+        """Returns mu."""
+        return learnt_fraction(x, "momentum", self.momentum)
+
+    @override
+    def learnable(self, steps: int) -> Params:
+        own = {"dynamics/logit_momentum": torch.zeros(())} if self.learn_momentum else {}
+        return {**super().learnable(steps), **own}
+
+    @override
+    def start(self, y: Params) -> State:
+        return (y, tree.zeros_like(y))
+
+    @override
+    def direction(self, x: Params, g_y: Params, memory: list[Params], t: int) -> tuple[Params, list[Params]]:
+        m = tree.axpy(self.factor(x), memory[0], g_y)
+        return m, [m]
+
+
+class Nesterov(Momentum):
+    r"""Nesterov momentum in torch's convention: ``m <- mu m + g_y``, ``y <- prox(y - lr (g_y + mu m))``.
+
+    Args:
+        lr: as in `GradientDescent`.
+        momentum: mu in [0, 1). Default 0.9.
+        learn_lr: as in `GradientDescent`.
+        learn_momentum: as in `Momentum`.
+    """
+
+    @override
+    def direction(self, x: Params, g_y: Params, memory: list[Params], t: int) -> tuple[Params, list[Params]]:
+        mu = self.factor(x)
+        m = tree.axpy(mu, memory[0], g_y)
+        return tree.axpy(mu, m, g_y), [m]
+
+
+class HeavyBall(Momentum):
+    r"""Polyak's heavy ball: ``y_{t+1} = prox(y_t - lr_t g_y + mu (y_t - y_{t-1}))``, y_{-1} = y_0.
+
+    Without proximal map and with a constant step it moves as `Momentum` does.
+
+    Args:
+        lr: as in `GradientDescent`.
+        momentum: mu in [0, 1). Default 0.9.
+        learn_lr: as in `GradientDescent`.
+        learn_momentum: as in `Momentum`.
+
+    References:
+        B. T. Polyak. Some methods of speeding up the convergence of iteration methods. USSR Computational Mathematics
+        and Mathematical Physics, 1964.
+    """
+
+    @override
+    def start(self, y: Params) -> State:
+        return (y, y)
+
+    @override
+    def step(self, problem: BilevelProblem, x: Params, state: State, t: int, *, track: bool = False) -> State:
+        y, previous = state
+        lr, mu = self.rate(x, t), self.factor(x)
+        moved = tree.axpy(mu, tree.axpy(-1.0, previous, y), y)
+        return problem.prox(x, tree.axpy(-lr, problem.grad_g(x, y, t, track=track), moved), lr), y
+
+
+class AggregatedDescent(GradientDescent):
+    r"""The aggregated steps of BDA: ``y <- prox(y - (alpha_t upper_lr f_y + (1 - alpha_t) lr g_y))``.
+
+    Where g has many minimisers, the share of f selects among them; with a fixed alpha y rests away from argmin g (its
+    limit on a quadratic is in tests/test_dynamics.py), so alpha decreases by default.
+
+    Args:
+        lr: step size on g, or a schedule. Default 0.1.
+        upper_lr: step size on f. Default 0.1.
+        alpha: share of f in (0, 1), or a schedule over the lower steps. Default 0.5 / (1 + t).
+        learn_lr: as in `GradientDescent`, for ``lr``.
+
+    Raises:
+        BilevelError: if a setting is out of its range.
+
+    References:
+        R. Liu, P. Mu, X. Yuan, S. Zeng, J. Zhang. A Generic First-Order Algorithmic Framework for Bi-Level Programming
+        Beyond Lower-Level Singleton. ICML 2020.
+    """
+
+    rest = None
+
+    def __init__(
+        self,
+        lr: float | Schedule = 0.1,
+        upper_lr: float = 0.1,
+        alpha: float | Schedule = InverseTime(0.5, 1.0),  # noqa: B008 (a value: it has no state)
+        learn_lr: Learn = False,
+    ) -> None:
+        super().__init__(lr, learn_lr)
+        self.upper_lr = positive("AggregatedDescent.upper_lr", upper_lr)
+        self.alpha = alpha if isinstance(alpha, Schedule) else fraction("AggregatedDescent.alpha", alpha)
+
+    @override
+    def step(self, problem: BilevelProblem, x: Params, state: State, t: int, *, track: bool = False) -> State:
+        (y,) = state
+        alpha = self.alpha(t) if isinstance(self.alpha, Schedule) else self.alpha
+        lr = self.rate(x, t)
+        moved = tree.axpy(-(1 - alpha) * lr, problem.grad_g(x, y, t, track=track), y)
+        moved = tree.axpy(-alpha * self.upper_lr, problem.grad_f_y(x, y, track=track), moved)
+        return (problem.prox(x, moved, lr),)

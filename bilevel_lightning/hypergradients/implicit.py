@@ -1,0 +1,101 @@
+r"""Implicit differentiation at a solved lower level.
+
+Where y minimises g,     dF/dx = f_x - g_xy v,          g_yy v = f_y.
+Where y = Phi(x, y),     dF/dx = f_x + Phi_x^T v,       (I - Phi_y^T) v = f_y.
+
+The second form serves equilibrium models, and lower levels with a projection or proximal map, whose Phi is one step of
+the dynamics; its matrix is not symmetric. Memory does not depend on how y was found.
+"""
+
+import warnings
+
+from bilevel_lightning import tree
+from bilevel_lightning.dynamics import Dynamics
+from bilevel_lightning.errors import BilevelError
+from bilevel_lightning.linear_solvers import LinearSolver, Solution, System
+from bilevel_lightning.problem import BilevelProblem, Operator
+from bilevel_lightning.tree import Params
+
+REMEDIES = {
+    "zero": "f_y is zero at y, so the implicit part of the hypergradient is zero; the upper loss may not depend on y.",
+    "singular": "g_yy is singular at y, and the hypergradient is not defined: give the linear solver damping, add a "
+    "regulariser to the lower loss, or use RHG.",
+    "indefinite": "g_yy has a negative eigenvalue at y, which is no minimum of g: raise lower_steps, give the linear "
+    "solver damping, or use RHG.",
+    "diverged": "the residual is larger than that of v = 0: lower the linear solver's lr, or give it damping.",
+}
+
+
+class LinearSystemWarning(UserWarning):
+    """The linear system of implicit differentiation has no solution to trust; the message says why and what to do."""
+
+
+def implicit(
+    problem: BilevelProblem,
+    dynamics: Dynamics,
+    x: Params,
+    y: Params,
+    solver: LinearSolver,
+    *,
+    start: Params | None = None,
+    t: int = 0,
+) -> tuple[Params, Solution]:
+    """Differentiates the upper loss at y as if y were the solution of the lower level.
+
+    Args:
+        problem: the oracles.
+        dynamics: what moved y; its resting point is the solution.
+        x: upper variables.
+        y: a solution of the lower level, or near one.
+        solver: of the linear system.
+        start: first v; default zero.
+        t: number of the first lower minibatch to use; a stochastic solver takes another one for each product.
+
+    Returns:
+        dF/dx and the solution of the linear system.
+
+    Raises:
+        BilevelError: if the solution is not finite.
+
+    Warns:
+        LinearSystemWarning: if the system is singular, indefinite or diverging, or f_y is zero.
+    """
+    x, y = tree.detach(x), tree.detach(y)
+    f_x, f_y = problem.grad_f(x, y)
+    stationary = dynamics.rest == "minimum" and not problem.constrained
+    known: dict[int, tuple[Operator, Operator, Operator | None]] = {}
+
+    def products(j: int) -> tuple[Operator, Operator, Operator | None]:
+        """The products on the minibatch of index j; with one minibatch they are made once."""
+        key = (t + j) % problem.minibatches
+        if key not in known:
+            known.clear()
+            if stationary:
+                known[key] = (*problem.hessian_products(x, y, key), None)
+            else:
+                known[key] = problem.map_products(lambda p, x, y: dynamics.contraction(p, x, y, key), x, y, key)
+        return known[key]
+
+    def product(v: Params, j: int) -> Params:
+        image = products(j if solver.stochastic else 0)[0](v)
+        return image if stationary else tree.axpy(-1.0, image, v)
+
+    def transpose(w: Params) -> Params:
+        image = products(0)[2]
+        assert image is not None
+        return tree.axpy(-1.0, image(w), w)
+
+    system = System(product, f_y, None if stationary else transpose, dynamics.linear_step() if stationary else 1.0)
+    solution = solver.solve(system._replace(agree=problem.agree), start)
+    if solution.status == "not finite":
+        raise BilevelError(
+            f"{type(solver).__name__} gave a v that is not finite: the lower level or the linear system has diverged. "
+            "Lower dynamics.lr or the linear solver's lr."
+        )
+    if solution.status in REMEDIES:
+        residual = (
+            f"{type(solver).__name__}, relative residual {solution.residual:.1e} after {solution.products} products: "
+        )
+        warnings.warn(residual + REMEDIES[solution.status], LinearSystemWarning, stacklevel=2)
+    cross = products(solver.samples if solver.stochastic else 0)[1](solution.v)
+    return tree.axpy(-1.0 if stationary else 1.0, cross, f_x), solution
