@@ -1,18 +1,20 @@
-"""Time and memory of the reverse hypergradient beside peers, in the same run and on one thread.
+"""Time and memory of every hypergradient beside peers, in the same run and on one thread.
 
-    python benchmarks/hypergradients.py [--rounds 7]
+    python benchmarks/hypergradients.py [--rounds 7] [--case linear]
 
-Two hyper-cleaning problems on random images (only sizes matter), gradient descent with step 0.1, full unroll. Rows:
+Three hyper-cleaning problems on random images (only sizes matter), gradient descent with step 0.1. Rows:
 
 * ``plain``: the T lower steps alone, hand-written, without a graph across steps; the unit of time;
 * ``loop``: hand-written unrolling with ``create_graph=True`` and one `torch.autograd.grad` at the end;
 * ``higher``: the same with the library `higher`;
-* ``graph``, ``recompute``: `bilevel_lightning.hypergradients.reverse` in its two memory modes.
+* ``neumann by hand``: the T lower steps, and the Neumann series with 20 products, hand-written;
+* the others: `bilevel_step` of the algorithm of that name (``ROWS``).
 
-The first, untimed run of each row checks that the hypergradients are equal (relative difference below 1e-4, float32).
-Then each round runs all rows once, in turn. Seconds are CPU seconds, on one thread of an idle machine the time on the
-clock, but not counting what other jobs take; they are medians over the rounds. Ratios are medians of each round's
-ratio to ``plain`` of the same round, which cancels slow changes of the machine's speed.
+The first, untimed run of each row checks that the hypergradients that should be equal are (relative difference below
+1e-4, float32). Then each round runs all rows once, in turn. Seconds are CPU seconds, on one thread of an idle machine
+the time on the clock, but not counting what other jobs take; they are medians over the rounds. Ratios are medians of
+each round's ratio to ``plain`` of the same round, which cancels slow changes of the machine's speed. Products are those
+with g_yy, as `BilevelProblem.counts` has them.
 
 Peak memory: one run of each row in a fresh process, after a warm-up with T = 1. It is the high-water mark of resident
 memory (VmHWM, reset by writing 5 to /proc/self/clear_refs; Linux only) above the resident memory just before. In those
@@ -47,17 +49,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from bilevel_lightning import tree
-from bilevel_lightning.algorithms.rhg import RHG
-from bilevel_lightning.dynamics import GradientDescent
-from bilevel_lightning.hypergradients import reverse
-from bilevel_lightning.models import ConvNet, LinearNet
+from bilevel_lightning import AID, DARTS, FG2U, PZOBO, RHG, BilevelModule, GradientDescent, tree
+from bilevel_lightning.linear_solvers import ConjugateGradient, FixedPointIteration, LinearSolver, Neumann, Nystrom
+from bilevel_lightning.models import ConvNet, LinearNet, MLPNet
 from bilevel_lightning.problem import bind
 from bilevel_lightning.tasks.hyper_cleaning import HyperCleaning
 
-LR = 0.1
-TIME_TARGETS = {("linear", "graph"): "<= 1.85", ("linear", "recompute"): "<= 2.7"}
-MEMORY_TARGETS = {("convnet", "recompute"): "<= 0.2"}
+LR, PRODUCTS = 0.1, 20
+TIME_TARGETS = {("linear", "RHG graph"): "<= 1.85", ("linear", "RHG recompute"): "<= 2.7"}
+MEMORY_TARGETS = {("convnet", "RHG recompute"): "<= 0.125"}
 
 
 class Case:
@@ -65,6 +65,7 @@ class Case:
 
     def __init__(self, title: str, model: nn.Module, by_hand: Callable, samples: tuple[int, int], steps: int) -> None:
         self.title, self.model, self.by_hand, self.steps = title, model, by_hand, steps
+        self.products = 0
         self.task, self.x = HyperCleaning(model, samples[0]), torch.zeros(samples[0], requires_grad=True)
         images, labels = ([torch.rand(n, 1, 28, 28) for n in samples], [torch.randint(10, (n,)) for n in samples])
         self.batch = {"lower": (images[0], labels[0], torch.arange(samples[0])), "upper": (images[1], labels[1])}
@@ -125,34 +126,80 @@ def with_higher(case: Case, steps: int) -> Tensor:
         return torch.autograd.grad(case.upper_loss(net), case.x)[0]
 
 
-def ours(case: Case, steps: int, memory: str) -> Tensor:
-    """Unrolls with `reverse`."""
+def mlp(y: list[Tensor], images: Tensor) -> Tensor:
+    """Returns the logits of `MLPNet` with one hidden layer and parameters y."""
+    return functional.linear(functional.relu(functional.linear(images.flatten(1), *y[:2])), *y[2:])
+
+
+def neumann_by_hand(case: Case, steps: int) -> Tensor:
+    """Solves the lower level and differentiates it by a Neumann series."""
+    y = case.start()
+    for _ in range(steps):
+        gradient = torch.autograd.grad(case.lower_loss(case.x.detach(), partial(case.by_hand, y)), y)
+        with torch.no_grad():
+            for t, g in zip(y, gradient, strict=True):
+                t.sub_(g, alpha=LR)
+    term = torch.autograd.grad(case.upper_loss(partial(case.by_hand, y)), y)
+    gradient = torch.autograd.grad(case.lower_loss(case.x, partial(case.by_hand, y)), y, create_graph=True)
+    total = term
+    for _ in range(PRODUCTS):
+        image = torch.autograd.grad(gradient, y, term, retain_graph=True)
+        term = [torch.sub(t, h, alpha=LR) for t, h in zip(term, image, strict=True)]
+        total = [a + t for a, t in zip(total, term, strict=True)]
+    return -LR * torch.autograd.grad(gradient, case.x, total)[0]
+
+
+def ours(case: Case, steps: int, algorithm: type[BilevelModule], **settings: object) -> Tensor:
+    """Computes the hypergradient by one of our algorithms."""
     x, y = tree.detach(tree.of(case.task.upper)), tree.detach(tree.of(case.task.lower))
-    problem, x, pull_back = bind(case.task, case.batch, x, lambda v: v)
-    return pull_back(reverse(problem, GradientDescent(LR), x, y, steps, memory=memory)[0])["logits"]
+    problem, x, pull_back = bind(case.task, case.batch, x)
+    module = algorithm(dynamics=GradientDescent(LR), lower_steps=steps, **settings)
+    gradient = pull_back(module.bilevel_step(problem, x, y).upper_grad)["logits"]
+    case.products = problem.counts["hessian_products"]
+    return gradient
+
+
+def solved(solver: LinearSolver) -> Callable:
+    """Returns the row of an implicit method."""
+    return partial(ours, algorithm=AID, linear_solver=solver)
 
 
 CASES: dict[str, Callable[[], Case]] = {
     "linear": lambda: Case("MNIST linear, 5000 + 5000 images, T = 100", LinearNet(), linear, (5000, 5000), 100),
     "convnet": lambda: Case("ConvNet-4, 25 + 75 images, T = 20", ConvNet(width=32, blocks=4), convnet, (25, 75), 20),
+    "mlp": lambda: Case(
+        "MLP, 202735 parameters, 500 + 500 images, T = 20", MLPNet(hidden=255, activation="relu"), mlp, (500, 500), 20
+    ),
 }
+UNROLLED = ("higher", "RHG graph", "RHG recompute", "RHG mixed")
+SERIES = ("AID Neumann, 20", "AID fixed point, 21")
 ROWS: dict[str, Callable[[Case, int], Tensor | None]] = {
     "plain": plain,
     "loop": loop,
     "higher": with_higher,
-    "graph": partial(ours, memory="graph"),
-    "recompute": partial(ours, memory="recompute"),
+    "RHG graph": partial(ours, algorithm=RHG),
+    "RHG recompute": partial(ours, algorithm=RHG, memory="recompute"),
+    "RHG mixed": partial(ours, algorithm=RHG, memory="mixed"),
+    "FG2U, 1 direction": partial(ours, algorithm=FG2U, directions=1),
+    "neumann by hand": neumann_by_hand,
+    "AID Neumann, 20": solved(Neumann(PRODUCTS)),
+    "AID fixed point, 21": solved(FixedPointIteration(PRODUCTS + 1, tol=0.0)),
+    "AID CG, 20": solved(ConjugateGradient(PRODUCTS, tol=0.0, damping=1.0)),
+    "AID Nystroem, 20": solved(Nystrom(PRODUCTS)),
+    "DARTS": partial(ours, algorithm=DARTS),
+    "PZOBO, 1 direction": partial(ours, algorithm=PZOBO, directions=1),
 }
 
 
 def check(case: Case) -> None:
     """Runs every row once and raises if the hypergradients differ."""
     found = {row: function(case, case.steps) for row, function in ROWS.items()}
-    for row in ("higher", "graph", "recompute"):
-        difference = float((found[row] - found["loop"]).norm() / found["loop"].norm())
-        print(f"{case.title}: relative difference of {row} and loop: {difference:.1e}")
+    pairs = [*((row, "loop") for row in UNROLLED), *((row, "neumann by hand") for row in SERIES)]
+    for row, peer in pairs:
+        difference = float((found[row] - found[peer]).norm() / found[peer].norm())
+        print(f"{case.title}: relative difference of {row} and {peer}: {difference:.1e}")
         if not difference < 1e-4:
-            raise RuntimeError(f"{row} and loop give different hypergradients.")
+            raise RuntimeError(f"{row} and {peer} give different hypergradients.")
 
 
 def seconds(clock: Callable[[], float], function: Callable[..., object], *args: object) -> float:
@@ -184,13 +231,14 @@ def table(name: str, case: Case, rounds: int) -> Table:
     times = [{r: seconds(time.process_time, f, case, case.steps) for r, f in ROWS.items()} for _ in range(rounds)]
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     again = [sys.executable, __file__, "--measure", name]
-    peaks = {r: float(subprocess.run([*again, r], env=env, check=True, stdout=subprocess.PIPE).stdout) for r in ROWS}
-    result = Table("row", "seconds", "/ plain", "target", "peak MiB", "/ graph", "target", title=case.title)
+    measured = {r: subprocess.run([*again, r], env=env, check=True, stdout=subprocess.PIPE).stdout for r in ROWS}
+    result = Table("row", "seconds", "/ plain", "target", "peak MiB", "/ graph", "target", "products", title=case.title)
+    peaks = {row: float(out.split()[0]) for row, out in measured.items()}
     for row in ROWS:
         taken, ratio = median(t[row] for t in times), median(t[row] / t["plain"] for t in times)
         time_cells = f"{taken:.3f}", f"{ratio:.2f}", TIME_TARGETS.get((name, row))
-        memory_cells = f"{peaks[row]:.1f}", f"{peaks[row] / peaks['graph']:.3f}", MEMORY_TARGETS.get((name, row))
-        result.add_row(row, *time_cells, *memory_cells)
+        memory_cells = f"{peaks[row]:.1f}", f"{peaks[row] / peaks['RHG graph']:.3f}", MEMORY_TARGETS.get((name, row))
+        result.add_row(row, *time_cells, *memory_cells, measured[row].split()[1].decode())
     return result
 
 
@@ -222,7 +270,7 @@ class Stopwatch(Callback):
 def lightning(log_every: int, rounds: int) -> str:
     """Measures Lightning's share and returns a line that says it."""
     case = CASES["linear"]()
-    watch = Stopwatch(lambda: ours(case, case.steps, "graph"))
+    watch = Stopwatch(lambda: ours(case, case.steps, RHG))
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = Trainer(accelerator="cpu", max_steps=rounds + 1, log_every_n_steps=log_every, callbacks=[watch], **off)
     module = RHG(task=case.task, dynamics=GradientDescent(LR), lower_steps=case.steps)
@@ -238,6 +286,7 @@ def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7, help="timed runs of each row (default 7)")
+    parser.add_argument("--case", choices=sorted(CASES), help="only this problem")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -246,13 +295,14 @@ def main() -> None:
     torch.manual_seed(0)
     if args.measure:
         case, row = args.measure
-        print(peak(CASES[case](), ROWS[row]))
+        made = CASES[case]()
+        print(peak(made, ROWS[row]), made.products)
         return
-    for name, make in CASES.items():
-        case = make()
+    for name in [args.case] if args.case else CASES:
+        case = CASES[name]()
         check(case)
         Console(width=120).print(table(name, case, args.rounds))
-    for log_every in (1, 50):
+    for log_every in () if args.case else (1, 50):
         print(lightning(log_every, args.rounds))
 
 

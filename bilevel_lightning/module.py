@@ -2,6 +2,7 @@
 
 import warnings
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -16,10 +17,11 @@ from typing_extensions import override
 
 from bilevel_lightning import tree
 from bilevel_lightning.checks import check_levels, check_losses, diagnose, plain
+from bilevel_lightning.compiled import Compiled
 from bilevel_lightning.distributed import agree, mean_over_processes, total_over_processes
 from bilevel_lightning.dynamics import Dynamics, GradientDescent
 from bilevel_lightning.errors import BilevelError, positive
-from bilevel_lightning.problem import BilevelProblem, Functional, bind, running_norms, split
+from bilevel_lightning.problem import BilevelProblem, Functional, Operator, bind, running_norms, split
 from bilevel_lightning.state import State
 from bilevel_lightning.task import Bilevel, BilevelTask, Minibatches
 from bilevel_lightning.tree import Params
@@ -70,12 +72,17 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         dynamics: one step of the lower level. Default gradient descent with step size 0.1.
         lower_steps: number T of lower steps in one upper iteration. Default 20.
         warm_start: start the lower level at the last iteration's y (True, default) or at the y of the beginning.
+        compile: record the whole hypergradient, derivatives included, at the first batch and run it compiled; for
+            batches of equal shapes, one process, losses without random numbers, and algorithms that do not branch on
+            values. It can be several times faster for small problems, after minutes of compiling that grow with
+            lower_steps (docs/benchmarks.md). Default False.
 
     Raises:
         BilevelError: if a setting is impossible, or the losses do not fit it; the message names the remedy.
     """
 
     least_lower_steps = 1
+    compilable = False
 
     def __init__(
         self,
@@ -86,6 +93,7 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         dynamics: Dynamics = GradientDescent(lr=0.1),  # noqa: B008 (a value: it has no state)
         lower_steps: int = 20,
         warm_start: bool = True,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -105,6 +113,11 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         self.learnable = nn.ParameterDict()
         self.cold_start: State | None = None
         self.states = nn.ModuleDict()
+        if compile and not self.compilable:
+            raise BilevelError(
+                f"compile does not apply to {type(self).__name__}, which branches on values: leave it off, or use RHG."
+            )
+        self.compiled = Compiled(self._iterate) if compile else None
         self._checked: bool | None = None  # None: not configured; False: losses not looked at yet
         self.register_buffer("oracles", torch.zeros(len(ORACLES), dtype=torch.long))
         self.oracles: Tensor
@@ -175,6 +188,8 @@ class BilevelModule(LightningModule, Bilevel, ABC):
 
     @override
     def setup(self, stage: str) -> None:
+        if self.compiled is not None and self.trainer.world_size > 1:
+            raise BilevelError("compile works in one process: set trainer.devices to 1, or leave compile off.")
         if self.trainer.precision in ("16-mixed", "16-true"):
             raise BilevelError(
                 f"precision {self.trainer.precision} cannot be used: its loss scaling does not reach hypergradients. "
@@ -220,11 +235,14 @@ class BilevelModule(LightningModule, Bilevel, ABC):
                 with self._aside():
                     check_losses(problem, z, y)
                 self._checked = True
-            step = self.bilevel_step(problem, z, y)
+            if self.compiled is None:
+                step, counts = self._solve(problem, z, y, pull_back)
+            else:
+                step, counts = self.compiled(x, y, episode)
             y, state = step.lower, step.state
-            gradients.append(pull_back(step.upper_grad))
-            problem.counts["samples"] = total_over_processes(problem.counts["samples"], self.device)
-            self.oracles += torch.tensor([problem.counts[name] for name in ORACLES], device=self.oracles.device)
+            gradients.append(step.upper_grad)
+            counts["samples"] = total_over_processes(counts["samples"], self.device)
+            self.oracles += torch.tensor([counts[name] for name in ORACLES], device=self.oracles.device)
             if due:
                 with self._aside():
                     logs.append({**diagnose(problem, z, y), **step.logs})
@@ -243,6 +261,16 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         self._advance_statistics(episodes)
         if due:
             self._log_step(tree.mean(logs), norm)
+
+    def _iterate(self, x: Params, y: Params, episode: Any) -> tuple[Step, Counter[str]]:
+        """The same from the episode, for `Compiled`."""
+        problem, z, pull_back = bind(self.hooks, episode, x, mean_over_processes, agree)
+        return self._solve(problem, z, y, pull_back)
+
+    def _solve(self, problem: BilevelProblem, x: Params, y: Params, pull_back: Operator) -> tuple[Step, Counter[str]]:
+        """Returns the step on one episode, its direction pulled back to x, and the oracles that it took."""
+        step = self.bilevel_step(problem, x, y)
+        return Step(pull_back(step.upper_grad), step.lower, dict(step.logs), dict(step.state)), problem.counts
 
     def _advance_statistics(self, episodes: Sequence[Any]) -> None:
         """Adds the lower data, once an upper iteration, to the running statistics of normalisation layers."""

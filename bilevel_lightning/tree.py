@@ -78,11 +78,16 @@ def vjp(
     *inputs: Params,
     create_graph: bool = False,
     retain_graph: bool | None = None,
+    batched: bool = False,
 ) -> tuple[Params, ...]:
-    """Returns the vector-Jacobian products ``sum_i cotangent_i^T d output_i / d input``, one tree an input."""
+    """Returns the vector-Jacobian products ``sum_i cotangent_i^T d output_i / d input``, one tree an input.
+
+    With ``batched`` the cotangents, and the products, are stacked in front of their shapes.
+    """
     pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
     if not pairs:
-        return tuple(zeros_like(tree) for tree in inputs)
+        number = [len(c) for c in cotangents[:1] if c is not None] if batched else []
+        return tuple({name: t.new_zeros(*number, *t.shape) for name, t in tree.items()} for tree in inputs)
     flat = iter(
         torch.autograd.grad(
             [o for o, _ in pairs],
@@ -91,6 +96,7 @@ def vjp(
             create_graph=create_graph,
             retain_graph=retain_graph,
             materialize_grads=True,
+            is_grads_batched=batched,
         )
     )
     return tuple({name: next(flat) for name in tree} for tree in inputs)

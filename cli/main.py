@@ -119,23 +119,18 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message="The dirpath has changed from")
 
 
-def fit(args: list[str] | None = None) -> None:
-    """Runs ``bilevel-fit``; ends the process with status 2 and one message where a person has to mend something.
-
-    Args:
-        args: arguments; None: those of the process.
-    """
+def launch(cli: type[BilevelCLI], program: str, args: list[str] | None, **settings: Any) -> BilevelCLI:
+    """Runs a command; ends the process with status 2 and one message where a person has to mend something."""
     _quiet()
     raising: dict[str, Any] = {"exit_on_error": False}
     try:
-        BilevelCLI(
+        return cli(
             BilevelModule,
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
             trainer_defaults={
                 "default_root_dir": "runs",
                 "max_epochs": -1,
@@ -143,12 +138,22 @@ def fit(args: list[str] | None = None) -> None:
                 "log_every_n_steps": 1,
                 "num_sanity_val_steps": 0,
             },
-            parser_kwargs={**raising, **{name: dict(raising) for name in LightningCLI.subcommands()}},
+            parser_kwargs={**raising, **{name: dict(raising) for name in cli.subcommands()}},
             args=args,
+            **settings,
         )
     except (ValueError, MisconfigurationException, ArgumentError) as error:
         message = explain(error)
         if message is None:
             raise
-        print(f"bilevel-fit: error: {message}", file=sys.stderr)  # noqa: T201
+        print(f"{program}: error: {message}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
+
+
+def fit(args: list[str] | None = None) -> None:
+    """Runs ``bilevel-fit``; ends the process with status 2 and one message where a person has to mend something.
+
+    Args:
+        args: arguments; None: those of the process.
+    """
+    launch(BilevelCLI, "bilevel-fit", args, save_config_kwargs={"overwrite": True})

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from bilevel_lightning import BilevelTask
+from bilevel_lightning import BilevelTask, tree
+from bilevel_lightning.problem import bind
 
 
 class Vector(nn.Module):
@@ -134,3 +135,49 @@ class Contraction(BilevelTask):
 
     def fixed_point_map(self, batch):
         return {"y": self.m @ self.lower.y + self.upper.x}
+
+
+def bound(task, dynamics=None, steps=1, batch=None):
+    """Returns the problem of a task, its x with the learnt settings of the dynamics, and its y."""
+    learnable = {} if dynamics is None else {name: t.double() for name, t in dynamics.learnable(steps).items()}
+    problem, x, _ = bind(task, batch, {**tree.detach(tree.of(task.upper)), **learnable}, lambda v: v)
+    return problem, x, tree.detach(tree.of(task.lower))
+
+
+def flat(values):
+    return torch.cat([t.flatten() for t in values.values()])
+
+
+def relative(a, b):
+    """The relative error of named tensors, or of vectors; names must agree."""
+    if isinstance(a, dict):
+        assert set(a) == set(b)
+        a, b = flat(a), flat({name: b[name] for name in a})
+    return float(((a - b).norm() / b.norm()).detach())
+
+
+def central_differences(objective, x, step=1e-5):
+    """The gradient of a scalar function of named tensors, entry by entry."""
+    gradient = tree.zeros_like(x)
+    for name, value in x.items():
+        for i in range(value.numel()):
+            shift = torch.zeros_like(value).flatten()
+            shift[i] = step
+            up, down = value + shift.view_as(value), value - shift.view_as(value)
+            slope = (objective({**x, name: up}) - objective({**x, name: down})) / (2 * step)
+            gradient[name].view(-1)[i] = float(slope)
+    return gradient
+
+
+def unrolled(problem, dynamics, y, steps):
+    """Returns x -> f(x, y_T(x)) by plain lower steps, from y or from y_0(x), with the same random numbers each time."""
+
+    def objective(x):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            state = dynamics.start(problem.initial(x) if problem.start_depends_on_x else y)
+            for t in range(steps):
+                state = dynamics.step(problem, x, state, t)
+        return problem.f(x, state[0]).detach()
+
+    return objective

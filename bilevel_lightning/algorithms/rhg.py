@@ -43,6 +43,8 @@ class RHG(BilevelModule):
         A. Shaban, C.-A. Cheng, N. Hatch, B. Boots. Truncated Back-propagation for Bilevel Optimization. AISTATS 2019.
     """
 
+    compilable = True
+
     def __init__(
         self, *, truncation: int | None = None, memory: Memory = "graph", first_order: bool = False, **kwargs: Any
     ) -> None:
@@ -56,6 +58,8 @@ class RHG(BilevelModule):
             )
         if memory not in get_args(Memory):
             raise BilevelError(f"memory must be 'graph', 'recompute' or 'mixed', got {memory!r}.")
+        if self.compiled is not None and memory != "graph":
+            raise BilevelError(f"compile records the graph: use memory 'graph' with it, not {memory!r}.")
         self.truncation, self.memory, self.first_order = truncation, memory, first_order
 
     @override

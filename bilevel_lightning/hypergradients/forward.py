@@ -8,12 +8,12 @@ Many directions run side by side; memory does not grow with the number of steps.
 random signs u give the unbiased estimate mean_j (dF u_j) u_j.
 """
 
-from typing import Any
+from contextlib import nullcontext
 
 import torch
 from torch.func import jvp, vmap
 
-from bilevel_lightning import tree
+from bilevel_lightning import randomness, tree
 from bilevel_lightning.dynamics import Dynamics, State
 from bilevel_lightning.problem import BilevelProblem
 from bilevel_lightning.tree import Params
@@ -35,12 +35,11 @@ def slopes(
     Returns:
         The N directional derivatives of f(x, y_T(x)), and y_T.
     """
-    problem = problem.tracked_by("functional")
     x, state = tree.detach(x), dynamics.start(tree.detach(y))
     number = len(next(iter(directions.values())))
-    tangents: Any = tuple({n: t.new_zeros(number, *t.shape) for n, t in part.items()} for part in state)
+    tangents: State = tuple({n: t.new_zeros(number, *t.shape) for n, t in part.items()} for part in state)
     if problem.start_depends_on_x:
-        start = vmap(lambda u: jvp(problem.initial, (x,), (u,))[1], randomness="same")(directions)
+        start: Params = vmap(lambda u: jvp(problem.initial, (x,), (u,))[1])(directions)
         tangents = (start, *tangents[1:])
     for t in range(steps):
         problem.count("hessian_products", t, number)
@@ -55,14 +54,15 @@ def slopes(
 def _push(
     problem: BilevelProblem, dynamics: Dynamics, x: Params, state: State, t: int, directions: Params, tangents: State
 ) -> tuple[State, State]:
-    """Returns the next state and its tangents."""
-
-    def push(u: Params, tangent: State) -> Any:
-        return jvp(lambda x, s: dynamics.step(problem, x, s, t, track=True), (x, state), (u, tangent))
-
-    out_dims: Any = (None, 0)
-    pushed: tuple[State, State] = vmap(push, out_dims=out_dims, randomness="same")(directions, tangents)
-    return pushed
+    """Returns the next state and its tangents, by differentiating the adjoint of the step, linear in its cotangents."""
+    x, state = tree.leaf(x), tuple(map(tree.leaf, state))
+    after = dynamics.step(problem, x, state, t, track=True)
+    cotangents = tuple({n: torch.zeros_like(t, requires_grad=True) for n, t in part.items()} for part in after)
+    pairs = [(o[n], c[n]) for o, c in zip(after, cotangents, strict=True) for n in o]
+    adjoint = tree.vjp([o for o, _ in pairs], [c for _, c in pairs], x, *state, create_graph=True)
+    moved = [(a[n], m[n]) for a, m in zip(adjoint, (directions, *tangents), strict=True) for n in a]
+    pushed = tree.vjp([a for a, _ in moved], [m for _, m in moved], *cotangents, batched=True)
+    return tuple(map(tree.detach, after)), pushed
 
 
 def forward(
@@ -72,11 +72,14 @@ def forward(
     sizes = [t.numel() for t in x.values()]
     total, like = sum(sizes), next(iter(x.values()))
     entries: list[torch.Tensor] = []
+    random = randomness.state(x.values())
     for first in range(0, total, chunk or total):
         rows = torch.zeros(min(chunk or total, total - first), total, dtype=like.dtype, device=like.device)
         rows[:, first:].fill_diagonal_(1.0)
         parts = zip(x.items(), torch.split(rows, sizes, 1), strict=True)
-        found, y_end = slopes(problem, dynamics, x, y, steps, {n: r.view(-1, *t.shape).to(t) for (n, t), r in parts})
+        units = {n: r.view(-1, *t.shape).to(t) for (n, t), r in parts}
+        with randomness.replayed(random) if first else nullcontext():
+            found, y_end = slopes(problem, dynamics, x, y, steps, units)
         entries.append(found)
     flat = torch.split(torch.cat(entries), sizes)
     return {n: part.view_as(t).to(t) for (n, t), part in zip(x.items(), flat, strict=True)}, y_end
