@@ -3,8 +3,10 @@
 from typing import Any
 
 import torch
-from pytorch_lightning.utilities import rank_zero_warn
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from typing_extensions import override
 
 from bilevel_lightning import tree
 from bilevel_lightning.errors import BilevelError
@@ -33,6 +35,17 @@ def check_levels(task: Bilevel) -> tuple[Params, Params]:
     return x, y
 
 
+class _UsesAttention(TorchFunctionMode):
+    """Notices whether scaled dot-product attention is called inside."""
+
+    found = False
+
+    @override
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found = self.found or func is torch.nn.functional.scaled_dot_product_attention
+        return func(*args, **(kwargs or {}))
+
+
 def check_losses(problem: BilevelProblem, x: Params, y: Params) -> None:
     """Looks at the losses once, before anything has changed.
 
@@ -42,7 +55,13 @@ def check_losses(problem: BilevelProblem, x: Params, y: Params) -> None:
     x, y = tree.leaf(x), tree.leaf(y)
     used: set[str] = set()
     for name, loss in (("upper_loss", problem.f), ("lower_loss", problem.g)):
-        value = loss(x, y)
+        with _UsesAttention() as attention:
+            value = loss(x, y)
+        if name == "lower_loss" and attention.found:
+            rank_zero_info(
+                "The lower loss uses scaled dot-product attention: where its second derivatives are taken, its plain "
+                "implementation is used, since the fused ones have none; it is slower and takes more memory."
+            )
         if not isinstance(value, Tensor) or value.numel() != 1:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise BilevelError(f"{name} must return a scalar tensor, got {shape}; take its mean or sum.")

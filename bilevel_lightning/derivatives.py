@@ -5,10 +5,9 @@ With v a cotangent of g_y, the products g_xy v and g_yy v come
 * ``graph``: from the graph that the gradient was computed with (reverse over reverse);
 * ``recompute``: from a graph that is built again when the products are needed, so that only (x, y) is kept;
 * ``mixed``: from the derivative of (g_x, g_y) along (0, v), forward over reverse, also with only (x, y) kept;
-* ``differences``: from central differences ``(g_.(x, y + eps v) - g_.(x, y - eps v)) / (2 eps)``, eps = radius / |v|;
-* ``functional``: from `torch.func`, which may then transform it (forward mode, ``vmap``).
+* ``differences``: from central differences ``(g_.(x, y + eps v) - g_.(x, y - eps v)) / (2 eps)``, eps = radius / |v|.
 
-Second derivatives of attention exist only for its plain implementation, so that one is chosen for the first three.
+Second derivatives of attention exist only for its plain implementation, so that one is chosen inside.
 """
 
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from bilevel_lightning.tree import Params
 
 Loss: TypeAlias = Callable[[Params, Params], Tensor]
 Pair: TypeAlias = tuple[Params, Params]
-Rule: TypeAlias = Literal["graph", "recompute", "mixed", "differences", "functional"]
+Rule: TypeAlias = Literal["graph", "recompute", "mixed", "differences"]
 
 
 class Target(NamedTuple):
@@ -56,10 +55,6 @@ class PlainAttention:
 
 def gradient(target: Target, x: Params, y: Params, rule: Rule) -> Params:
     """Returns the gradient of the loss in y as a function of x and y that is differentiable by ``rule``."""
-    if rule == "functional":
-        with PlainAttention():
-            values: Params = torch.func.grad(lambda y: target.loss(x, y))(y)
-            return values
     if rule == "graph":
         with torch.enable_grad(), PlainAttention():
             y = {name: t if t.requires_grad else t.detach().requires_grad_() for name, t in y.items()}

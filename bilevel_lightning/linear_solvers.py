@@ -27,6 +27,7 @@ class System(NamedTuple):
         transpose: w -> A^T w; None: A is symmetric.
         step: a step size with which ``v - step A v`` contracts; None: unknown.
         agree: makes random numbers equal on all processes.
+        sampled: whether the products j take different samples, so that the residual is one of a sample.
     """
 
     product: Callable[[Params, int], Params]
@@ -34,6 +35,7 @@ class System(NamedTuple):
     transpose: Callable[[Params], Params] | None = None
     step: float | None = None
     agree: Callable[[Params], Params] = lambda values: values
+    sampled: bool = False
 
 
 class Solution(NamedTuple):
@@ -45,7 +47,7 @@ class Solution(NamedTuple):
             along the residual (Neumann, fixed point, optimizers) that of the iterate before v.
         products: number of products with A and its transpose.
         status: ``converged`` (residual <= tol), ``stopped`` (number of steps), ``zero`` (b = 0), ``indefinite``,
-            ``singular``, ``diverged`` (residual above 1: v = 0 is better) or ``not finite``.
+            ``singular``, ``diverged`` (residual above 1: v = 0 is better; not for samples) or ``not finite``.
     """
 
     v: Params
@@ -112,19 +114,26 @@ class LinearSolver(ABC):
             return tree.axpy(self.damping, w, image) if self.damping else image
 
         with torch.no_grad():
-            rhs = system.rhs if start is None else tree.axpy(-1.0, product(start, 0), system.rhs)
-            shifted = system._replace(product=product, transpose=transpose, rhs=rhs)
-            v, residual, status = self._solve(shifted, scale)
-            v = v if start is None else tree.axpy(1.0, start, v)
+            counted = system._replace(product=product, transpose=transpose)
+            if start is None or self.stochastic:
+                v, residual, status = self._solve(counted, scale, start)
+            else:  # solves for the correction of start
+                rhs = tree.axpy(-1.0, product(start, 0), system.rhs)
+                v, residual, status = self._solve(counted._replace(rhs=rhs), scale, None)
+                v = tree.axpy(1.0, start, v)
         if not torch.isfinite(tree.norm(v)):
             status = "not finite"
-        elif status == "stopped" and residual > 1.0:
+        elif status == "stopped" and residual > 1.0 and not system.sampled:
             status = "diverged"
         return Solution(v, residual, products, "converged" if status == "stopped" and residual <= self.tol else status)
 
     @abstractmethod
-    def _solve(self, system: System, scale: float) -> tuple[Params, float, str]:
-        """Solves from zero; residuals are relative to ``scale``. Returns v, the residual and the status."""
+    def _solve(self, system: System, scale: float, start: Params | None) -> tuple[Params, float, str]:
+        """Solves, from ``start`` where the solver is stochastic; residuals are relative to ``scale``.
+
+        Returns:
+            v, the residual and the status.
+        """
 
     def _step(self, system: System, lr: float | None) -> float:
         if lr is None and system.step is None:
@@ -148,7 +157,7 @@ class ConjugateGradient(LinearSolver):
         super().__init__(steps, tol, damping)
 
     @override
-    def _solve(self, system: System, scale: float) -> tuple[Params, float, str]:
+    def _solve(self, system: System, scale: float, start: Params | None) -> tuple[Params, float, str]:
         v, r = tree.zeros_like(system.rhs), system.rhs
         p, rr, largest = r, float(tree.dot(r, r)), 0.0
         small = 10 * torch.finfo(next(iter(r.values())).dtype).eps
@@ -181,7 +190,7 @@ class NormalConjugateGradient(LinearSolver):
         super().__init__(steps, tol, damping)
 
     @override
-    def _solve(self, system: System, scale: float) -> tuple[Params, float, str]:
+    def _solve(self, system: System, scale: float, start: Params | None) -> tuple[Params, float, str]:
         assert system.transpose is not None
         v, r = tree.zeros_like(system.rhs), system.rhs
         s = system.transpose(r)
@@ -210,7 +219,8 @@ class Neumann(LinearSolver):
     samples of A where there are several.
 
     Args:
-        steps: number K of products; K + 1 terms. Default 20.
+        steps: number K of products; K + 1 terms. From a start v_0 one product more, and (I - lr A)^{K+1} v_0 is added.
+            Default 20.
         lr: step size, below 2 / (largest eigenvalue). Default: the lower dynamics', where they are of that kind.
         damping: added to the diagonal. Default 0.
         randomised: draw one term. Default False.
@@ -230,27 +240,34 @@ class Neumann(LinearSolver):
         self.randomised = randomised
 
     @override
-    def _solve(self, system: System, scale: float) -> tuple[Params, float, str]:
-        lr, term = self._step(system, self.lr), system.rhs
-        length = self.steps
+    def _solve(self, system: System, scale: float, start: Params | None) -> tuple[Params, float, str]:
+        lr, term, length = self._step(system, self.lr), system.rhs, self.steps
+        if start is not None and not self.randomised:  # the series and (I - lr A)^{K+1} start
+            v, residual = start, 1.0
+            for j in range(self.steps + 1):
+                v, residual = _richardson(system, v, j, lr, scale)
+            return v, residual, "stopped"
         if self.randomised:
             like = next(iter(term.values()))
             length = int(system.agree({"": torch.randint(self.steps + 1, (1,), device=like.device)})[""])
+        if start is not None:
+            term = tree.axpy(-1.0, system.product(start, length), term)
         total = term
         for j in range(length):
             term = tree.axpy(-lr, system.product(term, j), term)
             total = tree.axpy(1.0, term, total)
         if self.randomised:
-            return _scaled((self.steps + 1) * lr, term), float(tree.norm(term)) / scale, "stopped"
+            v = _scaled((self.steps + 1) * lr, term)
+            return v if start is None else tree.axpy(1.0, start, v), float(tree.norm(term)) / scale, "stopped"
         # (I - lr A)^i b is the residual after i terms.
         return _scaled(lr, total), float(tree.norm(term)) / scale, "stopped"
 
 
 class FixedPointIteration(LinearSolver):
-    """``v <- v - lr (A v - b)`` from zero; K steps are `Neumann` with K - 1.
+    """``v <- v - lr (A v - b)``; from zero, K steps are `Neumann` with K - 1.
 
     Args:
-        steps: largest number of steps, one product each but for the first. Default 20.
+        steps: largest number of steps, one product each but for the first from zero. Default 20.
         tol: relative residual to stop at. Default 1e-10.
         lr: step size, below 2 / (largest eigenvalue). Default: the lower dynamics', where they are of that kind.
         damping: added to the diagonal. Default 0.
@@ -267,16 +284,21 @@ class FixedPointIteration(LinearSolver):
         self.lr = lr if lr is None else positive("FixedPointIteration.lr", lr)
 
     @override
-    def _solve(self, system: System, scale: float) -> tuple[Params, float, str]:
+    def _solve(self, system: System, scale: float, start: Params | None) -> tuple[Params, float, str]:
         lr, residual = self._step(system, self.lr), 1.0
-        v = _scaled(lr, system.rhs)
-        for j in range(self.steps - 1):
-            r = tree.axpy(-1.0, system.product(v, j), system.rhs)
-            residual = float(tree.norm(r)) / scale
+        v, steps = (_scaled(lr, system.rhs), self.steps - 1) if start is None else (start, self.steps)
+        for j in range(steps):
+            v, residual = _richardson(system, v, j, lr, scale, self.tol)
             if residual <= self.tol:
                 break
-            v = tree.axpy(lr, r, v)
         return v, residual, "stopped"
+
+
+def _richardson(system: System, v: Params, j: int, lr: float, scale: float, tol: float = 0.0) -> tuple[Params, float]:
+    """Returns ``v - lr (A_j v - b)``, or v where its residual is within ``tol``, and the relative residual of v."""
+    r = tree.axpy(-1.0, system.product(v, j), system.rhs)
+    residual = float(tree.norm(r)) / scale
+    return (v if residual <= tol else tree.axpy(lr, r, v)), residual
 
 
 class Stochastic(LinearSolver):
@@ -308,8 +330,8 @@ class Stochastic(LinearSolver):
         self.optimizer = optimizer
 
     @override
-    def _solve(self, system: System, scale: float) -> tuple[Params, float, str]:
-        v = {n: torch.zeros_like(t).requires_grad_() for n, t in system.rhs.items()}
+    def _solve(self, system: System, scale: float, start: Params | None) -> tuple[Params, float, str]:
+        v = {n: t.clone().requires_grad_() for n, t in (start or tree.zeros_like(system.rhs)).items()}
         optimizer, residual = self.optimizer(v.values()), 1.0
         for j in range(self.steps):
             r = tree.axpy(-1.0, system.rhs, system.product(tree.detach(v), j))
@@ -340,7 +362,7 @@ class Nystrom(LinearSolver):
         super().__init__(steps, damping=positive("Nystrom.damping", damping))
 
     @override
-    def _solve(self, system: System, scale: float) -> tuple[Params, float, str]:
+    def _solve(self, system: System, scale: float, start: Params | None) -> tuple[Params, float, str]:
         b = _flat(system.rhs)
         order = system.agree({"": torch.randperm(len(b)).to(b.device)})[""]
         index = order[: min(self.steps, len(b))]
@@ -350,6 +372,8 @@ class Nystrom(LinearSolver):
             e[i] = 1.0
             columns.append(_flat(system.product(_unflat(e, system.rhs), 0)) - self.damping * e)
         c = torch.stack(columns, 1)
+        if not torch.isfinite(c).all():
+            return _unflat(b * torch.nan, system.rhs), float("nan"), "not finite"
         w = c[index]
         eigenvalues = torch.linalg.eigvalsh((w + w.T) / 2)
         inner = self.damping * w + c.T @ c
@@ -379,7 +403,7 @@ class Dense(LinearSolver):
         self.largest = largest
 
     @override
-    def _solve(self, system: System, scale: float) -> tuple[Params, float, str]:
+    def _solve(self, system: System, scale: float, start: Params | None) -> tuple[Params, float, str]:
         b = _flat(system.rhs)
         if len(b) > self.largest:
             raise BilevelError(
@@ -388,6 +412,8 @@ class Dense(LinearSolver):
             )
         eye = torch.eye(len(b), dtype=b.dtype, device=b.device)
         a = torch.stack([_flat(system.product(_unflat(e, system.rhs), 0)) for e in eye], 1)
+        if not torch.isfinite(a).all():
+            return _unflat(b * torch.nan, system.rhs), float("nan"), "not finite"
         values = torch.linalg.svdvals(a)
         status = "stopped"
         if values[-1] <= len(b) * torch.finfo(b.dtype).eps * values[0]:

@@ -85,8 +85,8 @@ def vjp(
     With ``batched`` the cotangents, and the products, are stacked in front of their shapes.
     """
     pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
+    number = [len(c) for c in cotangents[:1] if c is not None] if batched else []
     if not pairs:
-        number = [len(c) for c in cotangents[:1] if c is not None] if batched else []
         return tuple({name: t.new_zeros(*number, *t.shape) for name, t in tree.items()} for tree in inputs)
     flat = iter(
         torch.autograd.grad(
@@ -95,8 +95,11 @@ def vjp(
             [c for _, c in pairs],
             create_graph=create_graph,
             retain_graph=retain_graph,
-            materialize_grads=True,
+            allow_unused=True,
             is_grads_batched=batched,
         )
     )
-    return tuple({name: next(flat) for name in tree} for tree in inputs)
+    return tuple(
+        {name: t.new_zeros(*number, *t.shape) if (g := next(flat)) is None else g for name, t in tree.items()}
+        for tree in inputs
+    )

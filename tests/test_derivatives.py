@@ -29,7 +29,7 @@ from bilevel_lightning import (
 )
 from bilevel_lightning.hypergradients import LinearSystemWarning, reverse
 
-RULES = ["graph", "recompute", "mixed", "functional", "differences"]
+RULES = ["graph", "recompute", "mixed", "differences"]
 
 
 def hessians(problem, x, y):
@@ -126,7 +126,7 @@ class Dropped(Nonlinear):
         return (keep * self.residual(0.1 * self.upper.shift).square()).mean()
 
 
-@pytest.mark.parametrize("rule", ["recompute", "mixed", "functional", "differences"])
+@pytest.mark.parametrize("rule", ["recompute", "mixed", "differences"])
 def test_dropout_has_one_mask_in_all_evaluations(rule):
     """Through two lower steps with masks of their own; afterwards the generator is where it would be without."""
     results = []
@@ -266,13 +266,8 @@ def fine(name):
     return {"FG2U": {"directions": 2}, "PZOBO": {"directions": 2}, "TRHG": {"truncation": 1}}.get(name, {})
 
 
-BUG_NORM = pytest.mark.xfail(strict=True, reason="BUG: running statistics under vmap, which PZOBO runs the losses in")
-
-
 @pytest.mark.filterwarnings("ignore::bilevel_lightning.hypergradients.LinearSystemWarning")
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[BUG_NORM] if n == "PZOBO" else []) for n in algorithms.__all__]
-)
+@pytest.mark.parametrize("name", algorithms.__all__)
 def test_running_statistics_advance_once_in_an_upper_iteration(name):
     task = Normalised()
     module = getattr(algorithms, name)(task=task, lower_steps=3, **fine(name))
@@ -382,14 +377,11 @@ DYNAMICS = {
 
 def refused(name, dynamics):
     aid = "AID" in name or name == "Nystrom"
-    if name in ("FG2U", "ForwardHG", "PZOBO"):
-        return dynamics.startswith("higher")
     if name in ("AIDNeumann", "AIDFP"):
         return dynamics in ("adam", "higher sgd", "higher adam", "aggregated")
     return aid and dynamics == "aggregated"
 
 
-BUG_REST = pytest.mark.xfail(strict=True, reason="BUG: Anderson leaves an exact fixed point (its weights overflow)")
 COMBINATIONS = [(name, d) for name in algorithms.__all__ for d in DYNAMICS if not refused(name, d)]
 
 
@@ -397,7 +389,7 @@ def lower(x, y):
     return 0.5 * x["x"].exp() * (y["y"] - 1).square().sum()
 
 
-@pytest.mark.parametrize("dynamics", [pytest.param(d, marks=[BUG_REST] if d == "anderson" else []) for d in DYNAMICS])
+@pytest.mark.parametrize("dynamics", DYNAMICS)
 def test_dynamics_stay_at_the_solution(dynamics):
     """At all steps, exactly; but for `AggregatedDescent`, which f moves."""
     f = (lambda x, y: (y["y"] - 1).square().sum()) if dynamics == "aggregated" else lambda x, y: y["y"].sum()
@@ -580,17 +572,14 @@ class Double(Single):
         Nonlinear.__init__(self)
 
 
-BUG_SINGLE = pytest.mark.xfail(strict=True, reason="BUG: torch.func.jvp makes float64 of a float times a 0-d float32")
-
-
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
         ("RHG", {"memory": "graph"}),
         ("RHG", {"memory": "recompute"}),
         ("RHG", {"memory": "mixed"}),
-        pytest.param("ForwardHG", {}, marks=[BUG_SINGLE]),
-        pytest.param("FG2U", {"directions": 2}, marks=[BUG_SINGLE]),
+        ("ForwardHG", {}),
+        ("FG2U", {"directions": 2}),
     ],
 )
 def test_single_precision(method, settings):

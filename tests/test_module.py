@@ -302,3 +302,19 @@ def test_half_precision_with_a_scaler_is_refused():
     run._accelerator_connector.precision_plugin.precision = "16-mixed"
     with pytest.raises(BilevelError, match="precision 16-mixed cannot be used"):
         module.setup("fit")
+
+
+class Attentive(Nonlinear):
+    def lower_loss(self, batch):
+        token = self.lower.w.reshape(1, 1, 3)
+        return super().lower_loss(batch) + torch.nn.functional.scaled_dot_product_attention(token, token, token).sum()
+
+
+def test_attention_in_the_lower_loss_is_told_once(caplog):
+    with caplog.at_level("INFO"):
+        fit(RHG(task=Attentive(), lower_steps=2), 3)
+    assert len([r for r in caplog.records if "scaled dot-product attention" in r.getMessage()]) == 1
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        fit(RHG(task=Nonlinear(), lower_steps=2), 3)
+    assert not [r for r in caplog.records if "attention" in r.getMessage()]

@@ -190,4 +190,4 @@ class AggregatedDescent(GradientDescent):
         lr = self.rate(x, t)
         moved = tree.axpy(-(1 - alpha) * lr, problem.grad_g(x, y, t, track=track), y)
         moved = tree.axpy(-alpha * self.upper_lr, problem.grad_f_y(x, y, track=track), moved)
-        return (problem.prox(x, moved, lr),)
+        return (problem.prox(x, moved, (1 - alpha) * lr),)

@@ -85,9 +85,10 @@ class Anderson(FixedPoint):
         points, residuals = pairs[::2], pairs[1::2]
         flat = torch.stack([torch.cat([r[n].reshape(-1) for n in y]) for r in residuals])
         normal = flat @ flat.T
-        tiny = self.ridge * normal.diagonal().sum() + torch.finfo(normal.dtype).tiny
+        trace = normal.diagonal().sum()
+        normal = normal / torch.where(trace > 0, trace, torch.ones_like(trace))  # at a fixed point all residuals are 0
         eye = torch.eye(len(flat), dtype=normal.dtype, device=normal.device)
-        weights = torch.linalg.solve(normal + tiny * eye, torch.ones_like(normal[0]))
+        weights = torch.linalg.solve(normal + self.ridge * eye, torch.ones_like(normal[0]))
         weights = weights / weights.sum()
         moved = {
             n: sum(w * (p[n] + self.mixing * r[n]) for w, p, r in zip(weights, points, residuals, strict=True))

@@ -19,13 +19,14 @@ class HigherDynamics(Dynamics):
 
     Use the dynamics of this package where they exist: they are faster, take schedules and learnt settings, and know
     the task's proximal map, which is applied here after the step with the optimizer's ``lr``. `higher` supports
-    neither AdamW nor learnt betas (its derivative in Adam's b2 is wrong).
+    neither AdamW nor learnt betas (its derivative in Adam's b2 is wrong), and its Adam adds eps before the bias
+    correction, so that it differs from torch's where eps is not tiny.
 
     Args:
         optimizer: makes the optimizer from parameters. Default SGD with step size 0.1.
 
     Raises:
-        BilevelError: if `higher` does not support the optimizer, or for methods in forward mode.
+        BilevelError: if `higher` does not support the optimizer.
 
     References:
         E. Grefenstette et al. Generalized Inner Loop Meta-Learning. 2019 (the library `higher`).
@@ -37,13 +38,14 @@ class HigherDynamics(Dynamics):
 
     def _make(self, parameters: list[Tensor]) -> Any:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # its imports use what newer versions of torch deprecate
+            warnings.simplefilter("ignore")  # about what newer versions of torch deprecate, and of its RMSprop
             import higher
-        optimizer = self.optimizer(parameters)
-        try:
-            return higher.get_diff_optim(optimizer, parameters)
-        except ValueError as error:
-            raise BilevelError(f"HigherDynamics.optimizer: {error} Choose SGD, Adam or RMSprop.") from error
+
+            optimizer = self.optimizer(parameters)
+            try:
+                return higher.get_diff_optim(optimizer, parameters)
+            except ValueError as error:
+                raise BilevelError(f"HigherDynamics.optimizer: {error} Choose SGD, Adam or RMSprop.") from error
 
     @override
     def start(self, y: Params) -> State:
@@ -51,8 +53,6 @@ class HigherDynamics(Dynamics):
 
     @override
     def step(self, problem: BilevelProblem, x: Params, state: State, t: int, *, track: bool = False) -> State:
-        if problem.rule == "functional":
-            raise BilevelError("HigherDynamics cannot be differentiated in forward mode or run side by side: use RHG.")
         y, memory = state
         gradient = [*problem.grad_g(x, y, t, track=track).values()]
         optimizer = self._make([p.detach().requires_grad_() for p in y.values()])
@@ -63,7 +63,9 @@ class HigherDynamics(Dynamics):
         nothing = torch.zeros((), requires_grad=True)  # `higher` wants a loss; its gradient is replaced by ours
         moved = optimizer.step(nothing, params=list(y.values()), grad_callback=lambda _: gradient)
         new = {
-            f"{'tensor' if isinstance(value, Tensor) else 'number'}/{index}/{name}": torch.as_tensor(value)
+            f"{'tensor' if isinstance(value, Tensor) else 'number'}/{index}/{name}": value
+            if isinstance(value, Tensor)
+            else torch.tensor(float(value))
             for index, values in states.items()
             for name, value in values.items()
             if value is not None

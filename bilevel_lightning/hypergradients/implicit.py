@@ -86,7 +86,8 @@ def implicit(
         return tree.axpy(-1.0, image(w), w)
 
     system = System(product, f_y, None if stationary else transpose, dynamics.linear_step() if stationary else 1.0)
-    solution = solver.solve(system._replace(agree=problem.agree), start)
+    sampled = solver.stochastic and problem.minibatches > 1
+    solution = solver.solve(system._replace(agree=problem.agree, sampled=sampled), start)
     if solution.status == "not finite":
         raise BilevelError(
             f"{type(solver).__name__} gave a v that is not finite: the lower level or the linear system has diverged. "

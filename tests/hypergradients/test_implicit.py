@@ -425,7 +425,6 @@ def test_stochastic_products_are_unbiased(solver):
     assert (values.std(0) > 1e-3 * exact["x"].abs()).all()
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: the residual of one minibatch is taken for that of the system")
 def test_the_noise_of_minibatches_is_no_divergence():
     """The unbiased, stable iteration above must not warn "the residual is larger than that of v = 0"."""
     task, generator = Ridge(), torch.Generator().manual_seed(1)
