@@ -87,7 +87,7 @@ def vjp(
     pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o.requires_grad]
     number = [len(c) for c in cotangents[:1] if c is not None] if batched else []
     if not pairs:
-        return tuple({name: t.new_zeros(*number, *t.shape) for name, t in tree.items()} for tree in inputs)
+        return tuple({name: t.new_zeros((*number, *t.shape)) for name, t in tree.items()} for tree in inputs)
     flat = iter(
         torch.autograd.grad(
             [o for o, _ in pairs],
@@ -100,6 +100,6 @@ def vjp(
         )
     )
     return tuple(
-        {name: t.new_zeros(*number, *t.shape) if (g := next(flat)) is None else g for name, t in tree.items()}
+        {name: t.new_zeros((*number, *t.shape)) if (g := next(flat)) is None else g for name, t in tree.items()}
         for tree in inputs
     )

@@ -37,7 +37,7 @@ def slopes(
     """
     x, state = tree.detach(x), dynamics.start(tree.detach(y))
     number = len(next(iter(directions.values())))
-    tangents: State = tuple({n: t.new_zeros(number, *t.shape) for n, t in part.items()} for part in state)
+    tangents: State = tuple({n: t.new_zeros((number, *t.shape)) for n, t in part.items()} for part in state)
     if problem.start_depends_on_x:
         start: Params = vmap(lambda u: jvp(problem.initial, (x,), (u,))[1])(directions)
         tangents = (start, *tangents[1:])
