@@ -20,7 +20,7 @@ class HigherDynamics(Dynamics):
     Use the dynamics of this package where they exist: they are faster, take schedules and learnt settings, and know
     the task's proximal map, which is applied here after the step with the optimizer's ``lr``. `higher` supports
     neither AdamW nor learnt betas (its derivative in Adam's b2 is wrong), and its Adam adds eps before the bias
-    correction, so that it differs from torch's where eps is not tiny, and has no derivative in forward mode (`ForwardHG`,
+    correction: it differs from torch's where eps is not tiny, and has no derivative in forward mode (`ForwardHG`,
     `FG2U`) where a gradient is exactly zero.
 
     Args:

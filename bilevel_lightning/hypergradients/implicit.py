@@ -22,7 +22,7 @@ REMEDIES = {
     "regulariser to the lower loss, or use RHG.",
     "indefinite": "g_yy has a negative eigenvalue at y, which is no minimum of g: raise lower_steps, give the linear "
     "solver damping, or use RHG.",
-    "diverged": "the residual is larger than that of v = 0: lower the linear solver's lr, or give it damping.",
+    "diverged": "the residual is larger than that of v = 0: lower the linear solver's lr, or give it damping or steps.",
 }
 
 
@@ -94,9 +94,7 @@ def implicit(
             "Lower dynamics.lr or the linear solver's lr."
         )
     if solution.status in REMEDIES:
-        residual = (
-            f"{type(solver).__name__}, relative residual {solution.residual:.1e} after {solution.products} products: "
-        )
-        warnings.warn(residual + REMEDIES[solution.status], LinearSystemWarning, stacklevel=2)
+        # Without numbers, so that Python shows it once in a run; train/residual is logged.
+        warnings.warn(f"{type(solver).__name__}: {REMEDIES[solution.status]}", LinearSystemWarning, stacklevel=2)
     cross = products(solver.samples if solver.stochastic else 0)[1](solution.v)
     return tree.axpy(-1.0 if stationary else 1.0, cross, f_x), solution
