@@ -41,7 +41,8 @@ class _Mean(torch.autograd.Function):
         return _Mean.apply(flat[0]), in_dims[0]
 
 
-def _processes() -> int:
+def processes() -> int:
+    """Returns the number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -51,7 +52,7 @@ def mean_over_processes(tree: Params) -> Params:
     Lightning's DDP strategy does not see gradients taken with `torch.autograd.grad`, so every derivative of a loss over
     shared variables goes through here. With one process it returns its argument.
     """
-    if _processes() == 1:
+    if processes() == 1:
         return tree
     out: Params = {}
     for dtype in {t.dtype for t in tree.values()}:
@@ -64,7 +65,7 @@ def mean_over_processes(tree: Params) -> Params:
 
 def total_over_processes(number: int, device: torch.device) -> int:
     """Returns the sum of a count over all processes."""
-    if _processes() == 1:
+    if processes() == 1:
         return number
     total = torch.tensor(number, device=device)
     dist.all_reduce(total)
@@ -73,7 +74,7 @@ def total_over_processes(number: int, device: torch.device) -> int:
 
 def agree(tree: Params) -> Params:
     """Returns the first process's values on all processes: random directions that all of them must share."""
-    if _processes() == 1:
+    if processes() == 1:
         return tree
     out = {name: t.contiguous() for name, t in tree.items()}
     for t in out.values():

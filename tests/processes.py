@@ -8,8 +8,8 @@ import torch.distributed as dist
 from problems import Nonlinear
 
 from bilevel_lightning import Momentum, tree
-from bilevel_lightning.distributed import mean_over_processes
-from bilevel_lightning.hypergradients import reverse
+from bilevel_lightning.distributed import agree, mean_over_processes
+from bilevel_lightning.hypergradients import random_forward, reverse
 from bilevel_lightning.problem import bind
 
 
@@ -17,7 +17,7 @@ class Rows(Nonlinear):
     """The problem on the rows that a batch names; means over equal parts average to the mean over all."""
 
     def upper_loss(self, rows):
-        return self.residual(0.0)[rows].square().mean() + 0.01 * self.upper.log_ridge.square().sum()
+        return self.residual(0.05 * self.upper.shift)[rows].square().mean() + 0.01 * self.upper.log_ridge.square().sum()
 
     def lower_loss(self, rows):
         ridge = (self.upper.log_ridge.exp() * self.lower.w.square()).sum()
@@ -28,11 +28,15 @@ def hypergradients(rows):
     """The hypergradient and y_T in both memory modes, a product with the Hessian and one with the cross derivative."""
     task, dynamics = Rows(), Momentum(0.2, 0.7)
     x, y = tree.detach(tree.of(task.upper)), tree.detach(tree.of(task.lower))
-    problem, _, _ = bind(task, rows, x, mean_over_processes)
+    problem, _, _ = bind(task, rows, x, mean_over_processes, agree)
     out = []
     for memory in ("graph", "recompute"):
         gradient, y_end = reverse(problem, dynamics, x, y, 12, truncation=9, memory=memory)
         out += [mean_over_processes(gradient), y_end]
+    torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)  # all take the first process's directions
+    gradient, y_end = random_forward(problem, dynamics, x, y, 4, 3)
+    out += [mean_over_processes(gradient), y_end]
+    out += [product(y) for product in problem.map_products(dynamics.contraction, x, y)]
     g_yy, g_xy = problem.hessian_products(x, y)
     return [*out, g_yy(y), g_xy(y), *problem.grad_f(x, y)]
 

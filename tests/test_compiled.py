@@ -1,4 +1,5 @@
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from problems import Nonlinear, Quadratic
 from torch import nn
 
 from bilevel_lightning import AIDCG, RHG, TRHG, BilevelError, BilevelTask, GradientDescent, Momentum
+from bilevel_lightning.compiled import Compiled
 
 compiles = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on the CPU")
 
@@ -84,3 +86,14 @@ class Branching(Nonlinear):
 def test_a_loss_that_branches_on_values_is_refused():
     with pytest.raises(BilevelError, match="compile cannot record"):
         fit(RHG(task=Branching(), dynamics=GradientDescent(0.1), lower_steps=2, compile=True), 1)
+
+
+def test_another_shape_is_recorded_anew(monkeypatch):
+    """The recording of one shape, in which the length is a number, would be wrong for another."""
+    monkeypatch.setattr(torch, "compile", lambda program, **settings: program)
+    compiled = Compiled(lambda a: (len(a) * a, Counter(calls=len(a))))
+    for n in (2, 3, 2):
+        result, counts = compiled(torch.ones(n))
+        assert result.tolist() == [n] * n
+        assert counts["calls"] == n
+    assert len(compiled.programs) == 2

@@ -140,14 +140,15 @@ class HeavyBall(Momentum):
 
     @override
     def start(self, y: Params) -> State:
-        return (y, y)
+        return (y, tree.zeros_like(y))
 
     @override
     def step(self, problem: BilevelProblem, x: Params, state: State, t: int, *, track: bool = False) -> State:
-        y, previous = state
-        lr, mu = self.rate(x, t), self.factor(x)
-        moved = tree.axpy(mu, tree.axpy(-1.0, previous, y), y)
-        return problem.prox(x, tree.axpy(-lr, problem.grad_g(x, y, t, track=track), moved), lr), y
+        y, change = state
+        lr = self.rate(x, t)
+        moved = tree.axpy(self.factor(x), change, y)
+        after = problem.prox(x, tree.axpy(-lr, problem.grad_g(x, y, t, track=track), moved), lr)
+        return after, tree.axpy(-1.0, y, after)
 
 
 class AggregatedDescent(GradientDescent):

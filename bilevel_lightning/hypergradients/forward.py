@@ -14,6 +14,7 @@ import torch
 from torch.func import jvp, vmap
 
 from bilevel_lightning import randomness, tree
+from bilevel_lightning.distributed import processes
 from bilevel_lightning.dynamics import Dynamics, State
 from bilevel_lightning.problem import BilevelProblem
 from bilevel_lightning.tree import Params
@@ -61,7 +62,12 @@ def _push(
     pairs = [(o[n], c[n]) for o, c in zip(after, cotangents, strict=True) for n in o]
     adjoint = tree.vjp([o for o, _ in pairs], [c for _, c in pairs], x, *state, create_graph=True)
     moved = [(a[n], m[n]) for a, m in zip(adjoint, (directions, *tangents), strict=True) for n in a]
-    pushed = tree.vjp([a for a, _ in moved], [m for _, m in moved], *cotangents, batched=True)
+    outputs, rows = [a for a, _ in moved], [m for _, m in moved]
+    if processes() == 1:
+        pushed = tree.vjp(outputs, rows, *cotangents, batched=True)
+    else:  # collectives do not run batched
+        each = [tree.vjp(outputs, list(row), *cotangents, retain_graph=True) for row in zip(*rows, strict=True)]
+        pushed = tuple({n: torch.stack([one[i][n] for one in each]) for n in part} for i, part in enumerate(cotangents))
     return tuple(map(tree.detach, after)), pushed
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from problems import Contraction, FromX, MerelyConvex, Nonlinear, Quadratic, StronglyConvex
 
-from bilevel_lightning import Adam, FixedPoint, GradientDescent, Momentum, Nesterov, tree
+from bilevel_lightning import Adam, FixedPoint, GradientDescent, HeavyBall, Momentum, Nesterov, tree
 from bilevel_lightning.hypergradients import reverse
 from bilevel_lightning.problem import bind
 from bilevel_lightning.schedules import InverseTime
@@ -130,8 +130,9 @@ def test_limits_of_training_with_warm_start(task, truncation, limit, memory):
 
 
 @pytest.mark.parametrize("memory", ["graph", "recompute", "mixed"])
-def test_derivative_through_the_start(memory):
-    task, dynamics = FromX(), Momentum(0.1, 0.5)
+@pytest.mark.parametrize("dynamics", [Momentum(0.1, 0.5), HeavyBall(0.1, 0.7)])
+def test_derivative_through_the_start(memory, dynamics):
+    task = FromX()
     problem, x, _ = setup(task, dynamics)
 
     def objective(x):

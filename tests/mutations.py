@@ -1,0 +1,212 @@
+"""Breaks key lines of the source one at a time and shows that the tests named beside each turn red.
+
+A passing suite says little where no test looks. Run on demand, it is not collected by pytest:
+
+    python tests/mutations.py [--list] [--only NAME ...]
+
+Each change is made in a copy of the package in a temporary folder. Exit status 1: a change went unnoticed.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("bilevel_lightning", "cli", "datamodules", "configs", "tests", "pyproject.toml")
+PYTEST = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no"]
+
+
+class Mutation(NamedTuple):
+    """One change: ``old``, which occurs once in the file of the package, becomes ``new``; the tests must notice."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+M = Mutation
+PROCESSES = "test_distributed.py::test_two_processes_with_half_the_batch_are_one_with_all_of_it"
+# fmt: off
+MUTATIONS = [
+    M("graph-without-graph", "derivatives.py", "y, create_graph=True)[0]", "y)[0]",
+      "test_derivatives.py::test_products"),
+    M("products-without-replay", "derivatives.py", "with randomness.replayed(ctx.random):", "if True:",
+      "test_derivatives.py::test_dropout_has_one_mask_in_all_evaluations"),
+    M("differences-without-replay", "derivatives.py", "with randomness.replayed(random):", "if True:",
+      "test_derivatives.py::test_dropout_has_one_mask_in_all_evaluations"),
+    M("one-sided-differences", "derivatives.py", "side(radius), side(-radius)", "side(2 * radius), side(0.0)",
+      "test_derivatives.py::test_products"),
+    M("fused-attention", "derivatives.py", "self._set(False, False, False)", "pass",
+      "test_derivatives.py::test_attention"),
+    M("mean-is-sum", "tree.py", ".mean(0) for name", ".sum(0) for name",
+      "test_module.py::test_episodes_are_averaged_and_y_is_solved_for_each"),
+    M("unused-is-none", "tree.py", "t.new_zeros((*number, *t.shape)) if (g := next(flat)) is None else g for",
+      "next(flat) for", "test_tree.py::test_gradients_of_what_is_not_used_are_zero"),
+    M("upper-gradient-not-reduced", "problem.py", "return self._reduce(f_x), self._reduce(f_y)",
+      "return f_x, self._reduce(f_y)", PROCESSES),
+    M("tracked-gradient-not-reduced", "problem.py", "self._reduce(gradient(", "(gradient(", PROCESSES),
+    M("gradient-not-reduced", "problem.py", "self._reduce(tree.grad(", "(tree.grad(", PROCESSES),
+    M("product-not-reduced", "problem.py", "self._reduce(tree.vjp(", "(tree.vjp(", PROCESSES),
+    M("cotangents-not-averaged", "distributed.py", "_Mean.apply(cotangents[0])", "cotangents[0]", PROCESSES),
+    M("directions-do-not-agree", "hypergradients/forward.py", "problem.agree(signs)", "signs", PROCESSES),
+    M("map-product-is-transposed", "problem.py", "self._reduce(through[0])",
+      "tree.vjp([*image.values()], [v[n] for n in image], y, retain_graph=True)[0]",
+      "hypergradients/test_implicit.py::test_fixed_point_maps"),
+    M("product-not-counted", "problem.py", "            self.count(name, t)\n", "",
+      "test_problem.py::test_oracles_of_the_quadratic"),
+    M("running-statistics-shared", "problem.py", "t.clone() for name, t in self._statistics",
+      "t for name, t in self._statistics",
+      "test_derivatives.py::test_running_statistics_advance_once_in_an_upper_iteration"),
+    M("cross-term-added", "hypergradients/implicit.py", "-1.0 if stationary else 1.0, cross", "1.0, cross",
+      "hypergradients/test_implicit.py::test_closed_form"),
+    M("not-finite-passes", "hypergradients/implicit.py", 'if solution.status == "not finite":', "if False:",
+      "hypergradients/test_implicit.py::test_indefinite_and_diverging_systems_warn"),
+    M("one-more-step-kept", "hypergradients/unrolled.py", "min(truncation, steps)", "min(truncation + 1, steps)",
+      "hypergradients/test_unrolled.py::test_closed_form_of_gradient_descent"),
+    M("tracked-steps-misnumbered", "hypergradients/unrolled.py", "range(steps - kept, steps)", "range(kept)",
+      "test_derivatives.py::test_darts_is_truncation_to_one_step"),
+    M("start-not-differentiated", "hypergradients/unrolled.py",
+      "tree.axpy(1.0, problem.initial_vjp(x, adjoint), gradient)", "gradient",
+      "hypergradients/test_unrolled.py::test_derivative_through_the_start"),
+    M("first-order-without-f-x", "hypergradients/unrolled.py", "tree.axpy(1.0, problem.initial_vjp(x, f_y), f_x)",
+      "problem.initial_vjp(x, f_y)", "hypergradients/test_forward.py::test_first_order_is_its_formula"),
+    M("tangents-of-x-dropped", "hypergradients/forward.py", "(directions, *tangents), strict",
+      "(tree.zeros_like(directions), *tangents), strict",
+      "hypergradients/test_forward.py::test_slopes_along_directions"),
+    M("chunks-without-replay", "hypergradients/forward.py", "randomness.replayed(random) if first else nullcontext()",
+      "nullcontext()", "hypergradients/test_forward.py::test_dropout_is_one_for_all_chunks"),
+    M("directions-summed", "hypergradients/forward.py", "u, 1) / directions", "u, 1)",
+      "hypergradients/test_forward.py::test_random_directions_are_signs"),
+    M("shifts-not-divided", "hypergradients/zeroth_order.py", "/ (radius * directions)", "/ directions",
+      "hypergradients/test_forward.py::test_zeroth_order_is_its_formula"),
+    M("shifts-without-replay", "hypergradients/zeroth_order.py", "with randomness.replayed(random), ", "with ",
+      "hypergradients/test_forward.py::test_dropout_is_one_for_all_shifts"),
+    M("momentum-subtracted", "dynamics/descent.py", "m = tree.axpy(self.factor(x), ",
+      "m = tree.axpy(-self.factor(x), ", "test_dynamics.py::test_trajectory_is_that_of_the_torch_optimizer"),
+    M("nesterov-without-look-ahead", "dynamics/descent.py", "tree.axpy(mu, m, g_y), [m]", "m, [m]",
+      "test_dynamics.py::test_trajectory_is_that_of_the_torch_optimizer"),
+    M("heavy-ball-keeps-the-first-y", "dynamics/descent.py", "tree.axpy(-1.0, y, after)", "tree.axpy(1.0, y, after)",
+      "test_dynamics.py::test_heavy_ball_is_momentum_at_a_constant_step"),
+    M("step-size-of-the-first-step", "dynamics/descent.py", "self.rate(x, t)\n        direction",
+      "self.rate(x, 0)\n        direction", "test_dynamics.py::test_decreasing_step"),
+    M("lower-level-not-projected", "dynamics/descent.py", "problem.prox(x, tree.axpy(-lr, direction, y), lr)",
+      "tree.axpy(-lr, direction, y)", "hypergradients/test_unrolled.py::test_projection_is_differentiated"),
+    M("shares-swapped", "dynamics/descent.py", "-(1 - alpha) * lr", "-alpha * lr",
+      "test_dynamics.py::test_aggregated_descent"),
+    M("bias-correction-late", "dynamics/adam.py", "1 - b2 ** (t + 1)\n", "1 - b2 ** max(t, 1)\n",
+      "test_dynamics.py::test_trajectory_is_that_of_the_torch_optimizer"),
+    M("root-of-zero", "dynamics/adam.py", "v.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)", "v.sqrt()",
+      "test_dynamics.py::test_adam_has_a_derivative_where_all_gradients_were_zero"),
+    M("damping-not-added", "linear_solvers.py", "tree.axpy(self.damping, v, image) if self.damping else image",
+      "image", "test_linear_solvers.py::test_damping_is_added_to_the_diagonal"),
+    M("zero-right-hand-side-passes", "linear_solvers.py", "if scale == 0:", "if False:",
+      "test_linear_solvers.py::test_zero_right_hand_side"),
+    M("linear-start-not-subtracted", "linear_solvers.py", "tree.axpy(-1.0, product(start, 0), system.rhs)",
+      "system.rhs", "test_linear_solvers.py::test_warm_start_at_the_solution_stays_there"),
+    M("linear-start-not-added-back", "linear_solvers.py", "                v = tree.axpy(1.0, start, v)\n", "",
+      "test_linear_solvers.py::test_warm_start_at_the_solution_stays_there"),
+    M("start-of-the-optimizer-ignored", "linear_solvers.py", "(start or tree.zeros_like(system.rhs))",
+      "tree.zeros_like(system.rhs)", "test_linear_solvers.py::test_warm_start_helps"),
+    M("conjugate-gradient-without-last-update", "linear_solvers.py", "v, r = tree.axpy(rr / curvature, p, v),",
+      "v, r = v if _ + 1 == self.steps else tree.axpy(rr / curvature, p, v),",
+      "test_linear_solvers.py::test_conjugate_gradient_step_by_step"),
+    M("curvature-not-checked", "linear_solvers.py", "if curvature <= small * largest * pp:", "if False:",
+      "test_linear_solvers.py::test_status"),
+    M("product-for-transpose", "linear_solvers.py", "s = system.transpose(r)\n            ss",
+      "s = system.product(r, 0)\n            ss", "test_linear_solvers.py::test_nonsymmetric_system"),
+    M("neumann-one-term-less", "linear_solvers.py", "range(length)", "range(length - 1)",
+      "test_linear_solvers.py::test_neumann_is_its_series"),
+    M("fixed-point-one-step-less", "linear_solvers.py", "self.steps - 1) if", "self.steps - 2) if",
+      "test_linear_solvers.py::test_three_names_of_one_iteration"),
+    M("nystrom-without-its-core", "linear_solvers.py", "self.damping * w + c.T @ c", "c.T @ c",
+      "test_linear_solvers.py::test_nystrom_is_woodbury_of_its_columns"),
+    M("singular-passes", "linear_solvers.py", "if values[-1] <= len(b)", "if values[-1] < 0 * len(b)",
+      "test_linear_solvers.py::test_status"),
+    M("state-not-set", "state.py", 't.copy_(values[name.replace("/", ".")])', "pass",
+      "test_derivatives.py::test_sama_keeps_the_memories_of_adam"),
+    M("memories-not-kept", "algorithms/darts.py", "enumerate(state[1:])} if kept else {}",
+      "enumerate(state[1:]) if False}", "test_derivatives.py::test_sama_keeps_the_memories_of_adam"),
+    M("y-not-written", "module.py", "tree.assign(self.hooks.lower, y)", "pass",
+      "test_module.py::test_warm_and_cold_start"),
+    M("one-program-for-all-shapes", "compiled.py", "key = (str(spec), str(shapes))", "key = str(spec)",
+      "test_compiled.py"),
+]
+# fmt: on
+
+
+def mutated(mutation: Mutation, source: str) -> str:
+    """Returns the source with the change.
+
+    Raises:
+        ValueError: if what it replaces does not occur exactly once.
+    """
+    if source.count(mutation.old) != 1:
+        raise ValueError(f"{mutation.name}: {mutation.old!r} occurs {source.count(mutation.old)} times")
+    return source.replace(mutation.old, mutation.new)
+
+
+def python(copy: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python where the copy is imported, not the package that is installed."""
+    settings = {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **settings}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=copy / "tests", env=environment, capture_output=True, text=True, check=False)
+
+
+def run(copy: Path, targets: list[str]) -> tuple[int, str]:
+    """Runs pytest on the copy; returns its exit status (0: passed, 1: a test failed) and the test that failed first."""
+    done = python(copy, *PYTEST, *" ".join(targets).split())
+    if done.returncode > 1:  # nothing collected, an unknown test, a copy that does not import
+        raise RuntimeError(f"pytest could not run:\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return done.returncode, failed[0] if failed else ""
+
+
+def main() -> int:
+    """Returns the number of changes that went unnoticed, at most 1."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--list", action="store_true", help="print the changes and make none")
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=[m.name for m in MUTATIONS], help="only these")
+    arguments = parser.parse_args()
+    chosen = [m for m in MUTATIONS if arguments.only is None or m.name in arguments.only]
+    sources = {m.file: (ROOT / "bilevel_lightning" / m.file).read_text() for m in chosen}
+    changed = {m.name: mutated(m, sources[m.file]) for m in chosen}
+    if arguments.list:
+        print("\n".join(f"{m.name:35} {m.file:30} {m.tests}" for m in chosen))
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder).resolve()
+        for name in COPIED:
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / name, copy / name)
+        origin = python(copy, "-c", "import bilevel_lightning; print(bilevel_lightning.__file__)").stdout.strip()
+        if origin != str(copy / "bilevel_lightning" / "__init__.py"):
+            raise SystemExit(f"The tests would import {origin!r} instead of the copy.")
+        began, survived = time.perf_counter(), []
+        status, failed = run(copy, sorted({m.tests for m in chosen}))
+        if status:
+            raise SystemExit(f"Without any change: {failed}")
+        for m in chosen:
+            start, path = time.perf_counter(), copy / "bilevel_lightning" / m.file
+            path.write_text(changed[m.name])
+            status, failed = run(copy, [m.tests])
+            path.write_text(sources[m.file])
+            survived += [m.name] * (status == 0)
+            verdict = "killed  " if status else "SURVIVED"
+            print(f"{verdict} {time.perf_counter() - start:5.1f} s  {m.name:35} {failed}", flush=True)
+    print(f"{len(chosen) - len(survived)} of {len(chosen)} killed in {time.perf_counter() - began:.0f} s")
+    return int(bool(survived))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
