@@ -1,20 +1,7 @@
 """Bilevel optimization as PyTorch Lightning modules: ``min_x f(x, y*(x))  s.t.  y*(x) in argmin_y g(x, y)``."""
 
-from bilevel_lightning.algorithms import (
-    AID,
-    AIDCG,
-    AIDFP,
-    DARTS,
-    FG2U,
-    ITD,
-    PZOBO,
-    RHG,
-    SAMA,
-    TRHG,
-    AIDNeumann,
-    ForwardHG,
-    Nystrom,
-)
+from bilevel_lightning import algorithms
+from bilevel_lightning.algorithms import *  # noqa: F403 (the one list of them is its __all__)
 from bilevel_lightning.dynamics import (
     Adam,
     AggregatedDescent,
@@ -36,17 +23,6 @@ from bilevel_lightning.task import BilevelTask, Minibatches
 __version__ = "0.1.0"
 
 __all__ = [
-    "AID",
-    "AIDCG",
-    "AIDFP",
-    "DARTS",
-    "FG2U",
-    "ITD",
-    "PZOBO",
-    "RHG",
-    "SAMA",
-    "TRHG",
-    "AIDNeumann",
     "Adam",
     "AggregatedDescent",
     "Anderson",
@@ -56,14 +32,13 @@ __all__ = [
     "BilevelTask",
     "Dynamics",
     "FixedPoint",
-    "ForwardHG",
     "GradientDescent",
     "HeavyBall",
     "HigherDynamics",
     "Minibatches",
     "Momentum",
     "Nesterov",
-    "Nystrom",
     "Step",
     "hypergradient",
 ]
+__all__ += algorithms.__all__

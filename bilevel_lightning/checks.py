@@ -54,7 +54,10 @@ def check_losses(problem: BilevelProblem, x: Params, y: Params) -> None:
     """
     x, y = tree.leaf(x), tree.leaf(y)
     used: set[str] = set()
-    for name, loss in (("upper_loss", problem.f), ("lower_loss", problem.g)):
+    losses = {"upper_loss": problem.f, "lower_loss": problem.g}
+    if problem.nonsmooth is not None:
+        losses["nonsmooth_lower"] = problem.nonsmooth
+    for name, loss in losses.items():
         with _UsesAttention() as attention:
             value = loss(x, y)
         if name == "lower_loss" and attention.found:
@@ -86,6 +89,8 @@ def diagnose(problem: BilevelProblem, x: Params, y: Params) -> Params:
     with torch.enable_grad():
         lower_loss = problem.g(x, y)
         stationarity = tree.norm(tree.grad(lower_loss, y)[0])
+        if problem.nonsmooth is not None:
+            lower_loss = lower_loss + problem.nonsmooth(x, y)
     with torch.no_grad():
         return {
             "train/upper_loss": problem.f(x, y),

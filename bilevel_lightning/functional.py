@@ -39,7 +39,8 @@ def hypergradient(
         The hypergradient, by the names of x; learnt settings of the dynamics are named ``dynamics/...``.
 
     Raises:
-        BilevelError: if the method is unknown, a setting impossible, or x or y missing beside two functions.
+        BilevelError: if the method is unknown or moves x and y together (VPBGD, GPBGD, BOME, BVFSM, MEHA), a setting is
+            impossible, or x or y is missing beside two functions.
     """
     if isinstance(method, str):
         found = {name.lower(): name for name in algorithms.__all__}
@@ -47,6 +48,11 @@ def hypergradient(
             raise BilevelError(f"There is no method {method!r}; choose one of {', '.join(algorithms.__all__)}.")
         method = getattr(algorithms, found[method.lower()])
     module = method(**settings)  # type: ignore[operator]
+    if not module.estimates_hypergradient:
+        raise BilevelError(
+            f"{type(module).__name__} moves x and y together, and its direction at one point is no hypergradient; use F2SA, "
+            "the first-order method that solves the lower level, or RHG."
+        )
     if not isinstance(problem, tuple):
         x = tree.of(problem.upper) if x is None else x
         y = problem.initial_lower(x) if y is None else y

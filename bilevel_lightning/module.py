@@ -3,7 +3,7 @@
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -29,11 +29,13 @@ from bilevel_lightning.tree import Params
 ORACLES = (
     "upper_gradients",
     "lower_gradients",
+    "lower_values",
     "hessian_products",
     "cross_products",
     "fixed_point_maps",
     "samples",
 )
+EXPLODED = 1e8  # growth of a norm over the run that counts as divergence
 
 
 class Step(NamedTuple):
@@ -41,13 +43,13 @@ class Step(NamedTuple):
 
     Attributes:
         upper_grad: the direction for x, an estimate of the hypergradient.
-        lower: the new y.
+        lower: the new y; or, for a method whose y follows the new x, what gives it from the problem and that x.
         logs: scalars to log, such as ``train/residual``.
         state: new values of what the algorithm keeps (`BilevelModule.initial_state`).
     """
 
     upper_grad: Params
-    lower: Params
+    lower: Params | Callable[[BilevelProblem, Params], Params]
     logs: Mapping[str, Tensor] = MappingProxyType({})
     state: Mapping[str, Params] = MappingProxyType({})
 
@@ -56,10 +58,14 @@ class BilevelModule(LightningModule, Bilevel, ABC):
     r"""Base of all algorithms; a subclass implements `bilevel_step` and its own settings, nothing else.
 
     State the problem either with ``task=`` or by defining the members of `Bilevel` on a subclass of an algorithm. One
-    batch ``{"lower": ..., "upper": ...}`` is one upper iteration, and only upper iterations advance ``global_step``.
-    Logged at every ``log_every_n_steps``: ``train/upper_loss`` f(x_k, y_{k+1}), ``train/lower_loss`` g(x_k, y_{k+1}),
-    ``train/stationarity`` ``|g_y(x_k, y_{k+1})|``, ``train/hypergradient_norm``, and the oracles evaluated so far:
-    gradients, products, and the samples that all of them touched.
+    batch ``{"lower": ..., "upper": ...}`` is one upper iteration, or ``upper_iterations`` of them, and only upper
+    iterations advance ``global_step``. Logged at every ``log_every_n_steps`` batches: ``train/upper_loss``
+    f(x_k, y_{k+1}), ``train/lower_loss`` g(x_k, y_{k+1}), ``train/stationarity`` ``|g_y(x_k, y_{k+1})|``,
+    ``train/hypergradient_norm``, and the oracles evaluated so far: gradients, products, lower values alone, and the
+    samples that all of them touched.
+
+    A run whose direction or y grows beyond 1e8 times its first norm, or is NaN, ends with a message that names the step
+    size to lower, before x or y takes the value.
 
     Losses may contain dropout and batch normalisation. Running statistics are not changed by the many evaluations of
     an iteration; they advance once, on the lower batch at (x_{k+1}, y_{k+1}).
@@ -72,6 +78,9 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         dynamics: one step of the lower level. Default gradient descent with step size 0.1.
         lower_steps: number T of lower steps in one upper iteration. Default 20.
         warm_start: start the lower level at the last iteration's y (True, default) or at the y of the beginning.
+        upper_iterations: number of upper iterations on each batch. More than one saves the trainer's own time, about
+            a millisecond a batch, where an iteration takes less (docs/benchmarks.md); logs and validations count
+            batches, `max_steps` and schedules upper iterations. For tasks whose batch is all their data. Default 1.
         compile: record the whole hypergradient, derivatives included, at the first batch and run it compiled; for
             batches of equal shapes, one process, losses without random numbers, and algorithms that do not branch on
             values. It can be several times faster for small problems, after minutes of compiling that grow with
@@ -83,6 +92,11 @@ class BilevelModule(LightningModule, Bilevel, ABC):
 
     least_lower_steps = 1
     compilable = False
+    estimates_hypergradient = True
+    """Whether one `bilevel_step` at a fixed x gives it; not where y or a twin is solved across iterations."""
+
+    upper_rates, lower_rates = "upper_optimizer.lr or dynamics.lr", "dynamics.lr"
+    """Names of the step sizes to lower where x's direction, or y, diverges."""
 
     def __init__(
         self,
@@ -93,6 +107,7 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         dynamics: Dynamics = GradientDescent(lr=0.1),  # noqa: B008 (a value: it has no state)
         lower_steps: int = 20,
         warm_start: bool = True,
+        upper_iterations: int = 1,
         compile: bool = False,
     ) -> None:
         super().__init__()
@@ -110,6 +125,7 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             raise BilevelError(f"lower_steps must be at least {self.least_lower_steps}, got {lower_steps}.")
         self.upper_clip_norm = upper_clip_norm
         self.dynamics, self.lower_steps, self.warm_start = dynamics, lower_steps, warm_start
+        self.upper_iterations = int(positive("upper_iterations", upper_iterations))
         self.learnable = nn.ParameterDict()
         self.cold_start: State | None = None
         self.states = nn.ModuleDict()
@@ -118,6 +134,7 @@ class BilevelModule(LightningModule, Bilevel, ABC):
                 f"compile does not apply to {type(self).__name__}, which branches on values: leave it off, or use RHG."
             )
         self.compiled = Compiled(self._iterate) if compile else None
+        self.scale: dict[str, float] = {}
         self._checked: bool | None = None  # None: not configured; False: losses not looked at yet
         self.register_buffer("oracles", torch.zeros(len(ORACLES), dtype=torch.long))
         self.oracles: Tensor
@@ -218,10 +235,20 @@ class BilevelModule(LightningModule, Bilevel, ABC):
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        x = tree.detach(self.upper_parameters())
+        last: int = self.trainer.max_steps
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        due = every and (self.global_step + 1) % every == 0
-        gradients, logs, y = [], [], {}
+        due = bool(every) and (self.global_step // self.upper_iterations + 1) % every == 0
+        left = self.upper_iterations if last < 0 else min(self.upper_iterations, last - self.global_step)
+        for i in range(left):
+            self._upper_iteration(batch, due and i == left - 1)
+            if self.trainer.should_stop:
+                break
+
+    def _upper_iteration(self, batch: Any, due: bool) -> None:
+        """Steps x and y once."""
+        x = tree.detach(self.upper_parameters())
+        gradients, logs, moves, problems = [], [], [], []
+        counts: Counter[str] = Counter()
         state: Mapping[str, Params] = {}
         episodes = self.hooks.episodes(batch)
         if self.hooks.persistent_lower and len(episodes) != 1:
@@ -236,31 +263,57 @@ class BilevelModule(LightningModule, Bilevel, ABC):
                     check_losses(problem, z, y)
                 self._checked = True
             if self.compiled is None:
-                step, counts = self._solve(problem, z, y, pull_back)
+                step, taken = self._solve(problem, z, y, pull_back)
             else:
-                step, counts = self.compiled(x, y, episode)
-            y, state = step.lower, step.state
+                step, taken = self.compiled(x, y, episode)
+            counts.update(taken)
+            state = step.state
             gradients.append(step.upper_grad)
-            counts["samples"] = total_over_processes(counts["samples"], self.device)
-            self.oracles += torch.tensor([counts[name] for name in ORACLES], device=self.oracles.device)
-            if due:
-                with self._aside():
-                    logs.append({**diagnose(problem, z, y), **step.logs})
+            logs.append(dict(step.logs))
+            moves.append(step.lower)
+            problems.append((problem, tree.clone(z) if due else z))
         gradient = mean_over_processes(tree.mean(gradients))
         norm = tree.norm(gradient)
-        if not torch.isfinite(norm):
-            raise BilevelError(
-                f"The hypergradient is {norm.item()} at upper iteration {self.global_step}: the lower level has "
-                "probably diverged. Lower its step size (dynamics.lr); x and y stay at their last values."
-            )
+        self._guard("The hypergradient", norm, self.upper_rates)
+        for move in moves:
+            if not callable(move):
+                self._guard("y", tree.norm(move), self.lower_rates)
         self._step_upper(gradient, norm)
+        lowers = [self._follow(m, e, counts) if callable(m) else m for m, e in zip(moves, episodes, strict=True)]
         if self.hooks.persistent_lower:
-            tree.assign(self.hooks.lower, y)
+            tree.assign(self.hooks.lower, lowers[0])
             for name, values in state.items():
                 self.states[name].set(values)  # type: ignore[operator]
+        self._count(counts)
         self._advance_statistics(episodes)
         if due:
+            with self._aside():
+                for log, (problem, z), y in zip(logs, problems, lowers, strict=True):
+                    log.update(diagnose(problem, z, y))
             self._log_step(tree.mean(logs), norm)
+
+    def _follow(self, move: Callable[[BilevelProblem, Params], Params], episode: Any, counts: Counter[str]) -> Params:
+        """Returns the new y of a method whose lower step is taken at the new x, and adds its oracles to ``counts``."""
+        problem, z, _ = bind(self.hooks, episode, tree.detach(self.upper_parameters()), mean_over_processes, agree)
+        y = move(problem, z)
+        self._guard("y", tree.norm(y), self.lower_rates)
+        counts.update(problem.counts)
+        return y
+
+    def _count(self, counts: Counter[str]) -> None:
+        """Adds to the oracles evaluated so far."""
+        samples = total_over_processes(counts["samples"], self.device)
+        numbers = [samples if name == "samples" else counts[name] for name in ORACLES]
+        self.oracles += torch.tensor(numbers, device=self.oracles.device)
+
+    def _guard(self, name: str, norm: Tensor, rates: str) -> None:
+        """Ends a run that has diverged, before ``name`` is used."""
+        size = float(norm)
+        if not size <= EXPLODED * self.scale.setdefault(name, 1.0 + size):
+            raise BilevelError(
+                f"{name} is {size:.3g} in norm at upper iteration {self.global_step}: the run has diverged. Lower "
+                f"{rates}; the last checkpoint is as it was."
+            )
 
     def _iterate(self, x: Params, y: Params, episode: Any) -> tuple[Step, Counter[str]]:
         """The same from the episode, for `Compiled`."""

@@ -8,11 +8,9 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
-from typing_extensions import override
 
 from bilevel_lightning import tree
 from bilevel_lightning.derivatives import Loss, PlainAttention, Rule, Target, gradient
@@ -36,6 +34,8 @@ class BilevelProblem:
         f: upper loss.
         g: lower loss, or one for each lower minibatch; lower step t uses number ``t mod len``.
         prox: proximal map (or projection) of the lower level, ``prox(x, y, step)``; default: identity.
+        nonsmooth: the term h(x, y) of the lower level that ``prox`` stands for: the whole lower loss is g + h, whose
+            derivatives in x have both, and those in y only g's; default: none.
         fixed_point: map y -> Phi(x, y), or one for each lower minibatch (equilibrium models).
         initial: y_0(x), where the start of the lower level depends on x (MAML).
         reduce: differentiable average over processes, where y is shared by them; default: identity.
@@ -44,10 +44,11 @@ class BilevelProblem:
 
     Attributes:
         start_depends_on_x: whether y_0 is a function of x.
+        nonsmooth: h, or None.
         constrained: whether the lower level has a proximal map or a projection.
         minibatches: number of lower minibatches.
         rule: how tracked gradients are differentiated (`derivatives`).
-        counts: number of evaluated oracles so far, by name: ``upper_gradients``, ``lower_gradients``,
+        counts: number of evaluated oracles so far, by name: ``upper_gradients``, ``lower_gradients``, ``lower_values``,
             ``hessian_products`` (g_yy v), ``cross_products`` (g_xy v), ``fixed_point_maps``, and ``samples``, how many
             samples all of them touched.
     """
@@ -59,6 +60,7 @@ class BilevelProblem:
         *,
         prox: Callable[[Params, Params, float | Tensor], Params] | None = None,
         fixed_point: Sequence[Callable[[Params, Params], Params]] = (),
+        nonsmooth: Loss | None = None,
         initial: Callable[[Params], Params] | None = None,
         reduce: Operator | None = None,
         agree: Operator | None = None,
@@ -66,6 +68,7 @@ class BilevelProblem:
     ) -> None:
         self.f = f
         self._g = [g] if callable(g) else list(g)
+        self.nonsmooth = nonsmooth
         self._prox, self._fixed_point, self._initial = prox, fixed_point, initial
         self.start_depends_on_x, self.constrained = initial is not None, prox is not None
         self.minibatches = max(len(self._g), len(fixed_point))
@@ -73,7 +76,7 @@ class BilevelProblem:
         self.agree = agree or (lambda values: values)
         self._samples = samples
         self.rule: Rule = "graph"
-        self._radius = 0.0
+        self._radius, self._weights = 0.0, (0.0, 1.0)
         self.counts: Counter[str] = Counter()
 
     def tracked_by(self, rule: Rule, radius: float = 0.01) -> "BilevelProblem":
@@ -82,8 +85,37 @@ class BilevelProblem:
         other.rule, other._radius = rule, radius
         return other
 
+    def blend(
+        self, upper: float, lower: float = 1.0, center: Params | None = None, weight: float = 0.0
+    ) -> "BilevelProblem":
+        """The problem, with the same counts, of the lower loss ``upper f + lower g + weight |y - center|^2 / 2``.
+
+        Dynamics on it solve the lower levels of penalty methods. ``center`` None is zero.
+        """
+        other = copy.copy(self)
+        other._weights = (upper, lower)
+
+        def blended(g: Loss) -> Loss:
+            def loss(x: Params, y: Params) -> Tensor:
+                terms = [] if upper == 0 else [upper * self.f(x, y)]
+                terms += [g(x, y) if lower == 1 else lower * g(x, y)] if lower else []
+                if weight:
+                    away = y if center is None else tree.axpy(-1.0, center, y)
+                    terms.append(0.5 * weight * tree.dot(away, away))
+                return sum(terms[1:], terms[0])
+
+            return loss
+
+        other._g = [blended(g) for g in self._g]
+        return other
+
     def count(self, oracle: str, t: int | None = None, times: int = 1) -> None:
         """Adds ``times`` evaluations of an oracle on lower minibatch ``t``, or on the upper batch (None)."""
+        if oracle == "lower_gradients" and self._weights != (0.0, 1.0):  # of a blend
+            if self._weights[0]:
+                self.count("upper_gradients", times=times)
+            if not self._weights[1]:
+                return
         lower, upper = self._samples
         self.counts[oracle] += times
         self.counts["samples"] += times * (upper if t is None else lower[t % len(lower)])
@@ -100,6 +132,13 @@ class BilevelProblem:
             f_x, f_y = tree.grad(self.f(x, y), x, y)
         return self._reduce(f_x), self._reduce(f_y)
 
+    def grad_f_x(self, x: Params, y: Params) -> Params:
+        """Returns f_x."""
+        self.count("upper_gradients")
+        x, y = tree.leaf(x), tree.detach(y)
+        with torch.enable_grad():
+            return self._reduce(tree.grad(self.f(x, y), x)[0])
+
     def grad_f_y(self, x: Params, y: Params, *, track: bool = False) -> Params:
         """Returns f_y; with ``track`` as a differentiable function of the given x and y."""
         return self._gradient(self.f, partial(self.count, "upper_gradients"), x, y, track)
@@ -107,6 +146,49 @@ class BilevelProblem:
     def grad_g(self, x: Params, y: Params, t: int = 0, *, track: bool = False) -> Params:
         """Returns g_y at lower step ``t``; with ``track`` as a differentiable function of the given x and y."""
         return self._gradient(partial(self.g, t=t), partial(self.count, "lower_gradients", t), x, y, track)
+
+    def value(self, x: Params, y: Params, t: int = 0) -> Tensor:
+        """Returns g + h, where h is the nonsmooth term."""
+        self.count("lower_values", t)
+        with torch.no_grad():
+            value = self.g(x, y, t)
+            value = value if self.nonsmooth is None else value + self.nonsmooth(x, y)
+            return self._reduce({"": value})[""]
+
+    def values_and_gradients(
+        self, x: Params, y: Params, t: int = 0, *, upper: bool = True, lower: bool = True
+    ) -> tuple[Tensor, Params, Params]:
+        """Returns g + h, its derivative in x, and g_y, where h is the nonsmooth term; one evaluation.
+
+        Args:
+            x: upper variables.
+            y: lower variables.
+            t: lower step, whose minibatch is taken.
+            upper: False leaves out the derivative in x.
+            lower: False leaves out g_y.
+        """
+        self.count("lower_gradients", t)
+        x, y = (tree.leaf if upper else tree.detach)(x), (tree.leaf if lower else tree.detach)(y)
+        with torch.enable_grad():
+            value = self.g(x, y, t)
+            g_x, g_y = tree.grad(value, x if upper else {}, y if lower else {})
+            if self.nonsmooth is not None:
+                h = self.nonsmooth(x, tree.detach(y))
+                value = value + h
+                g_x = tree.axpy(1.0, tree.grad(h, x)[0], g_x) if upper else g_x
+        return self._reduce({"": value.detach()})[""], self._reduce(g_x), self._reduce(g_y)
+
+    def stationarity_gradients(self, x: Params, y: Params, t: int = 0) -> tuple[Params, Params, Params]:
+        """Returns g_y, and the derivatives g_xy g_y and g_yy g_y of ``|g_y|^2 / 2`` in x and y; one evaluation."""
+        self.count("lower_gradients", t)
+        self.count("hessian_products", t)
+        self.count("cross_products", t)
+        x, y = tree.leaf(x), tree.leaf(y)
+        with torch.enable_grad(), PlainAttention():
+            (g_y,) = tree.grad(self.g(x, y, t), y, create_graph=True)
+        mean = self._reduce(tree.detach(g_y))
+        d_x, d_y = tree.vjp([*g_y.values()], [mean[name] for name in g_y], x, y)
+        return mean, self._reduce(d_x), self._reduce(d_y)
 
     def _gradient(self, loss: Loss, evaluated: Callable[[], None], x: Params, y: Params, track: bool) -> Params:
         evaluated()
@@ -150,7 +232,7 @@ class BilevelProblem:
 
     def prox(self, x: Params, y: Params, step: float | Tensor) -> Params:
         """Returns the proximal map (or projection) of the lower level at y."""
-        return y if self._prox is None else self._prox(x, y, step)
+        return y if self._prox is None else self._prox(x, y, step * self._weights[1])
 
     def fixed_point(self, x: Params, y: Params, t: int = 0) -> Params:
         """Returns Phi(x, y), the task's fixed-point map at lower step ``t``."""
@@ -182,30 +264,43 @@ class BilevelProblem:
         return tree.vjp([*y0.values()], [v[name] for name in y0], x)[0]
 
 
-class Functional(nn.Module):
+class Functional:
     """Calls a method of a task with other values in place of its upper and lower parameters.
 
-    Running statistics of normalisation layers are read, but what an evaluation adds to them is dropped: the losses stay
-    functions of (x, y). `BilevelModule` advances the statistics once in an upper iteration.
+    Tied parameters are all replaced (as by `torch.func.functional_call`, but where they lie is looked up once, which
+    matters for small problems). Running statistics of normalisation layers are read, but what an evaluation adds to
+    them is dropped: the losses stay functions of (x, y). `BilevelModule` advances the statistics once in an upper
+    iteration.
     """
 
     def __init__(self, task: Any) -> None:
-        super().__init__()
         self.task = task
-        self._statistics = {
-            f"{prefix}.{name}": t for prefix, layer in running_norms(self) for name, t in layer.named_buffers()
-        }
-
-    @override
-    def forward(self, method: str, *args: Any) -> Any:
-        return getattr(self.task, method)(*args)
+        places: dict[int, list[tuple[dict[str, Any], str]]] = {}
+        for module in task.modules():
+            for name, p in module._parameters.items():
+                places.setdefault(id(p), []).append((module._parameters, name))
+        self._upper = {name: places[id(p)] for name, p in tree.of(task.upper).items()}
+        self._lower = {name: places[id(p)] for name, p in tree.of(task.lower).items()}
+        self._statistics = [
+            (layer._buffers, name, t) for _, layer in running_norms(task) for name, t in layer.named_buffers()
+        ]
 
     def at(self, x: Params, y: Params, method: str, *args: Any) -> Any:
         """Returns ``task.method(*args)`` at (x, y)."""
-        values = {f"task.upper.{name}": t for name, t in x.items() if "/" not in name}
-        values.update({f"task.lower.{name}": t for name, t in y.items()})
-        values.update({name: t.clone() for name, t in self._statistics.items()})
-        return functional_call(self, values, (method, *args))
+        before = []
+        try:
+            for values, level in ((x, self._upper), (y, self._lower)):
+                for name, t in values.items():
+                    for owner, key in level.get(name, ()):
+                        before.append((owner, key, owner[key]))
+                        owner[key] = t
+            for buffers, key, t in self._statistics:
+                before.append((buffers, key, t))
+                buffers[key] = t.clone()
+            return getattr(self.task, method)(*args)
+        finally:
+            for owner, key, value in reversed(before):
+                owner[key] = value
 
 
 def running_norms(module: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -294,12 +389,14 @@ def bind(
     steps: Sequence[int | None] = range(len(lower)) if several else [None]
     hooks = type(task)
     constrained = hooks.prox_lower is not Bilevel.prox_lower or hooks.project_lower is not Bilevel.project_lower
+    nonsmooth = hooks.nonsmooth_lower is not Bilevel.nonsmooth_lower
     mapped = hooks.fixed_point_map is not Bilevel.fixed_point_map
     shared = task.persistent_lower
     problem = BilevelProblem(
         level("upper_loss", 1),
         [level("lower_loss", 0, t) for t in steps],
         prox=(lambda x, y, step: task.prox_lower(own(x), y, step)) if constrained else None,
+        nonsmooth=(lambda x, y: task.nonsmooth_lower(own(x), y)) if nonsmooth else None,
         fixed_point=[level("fixed_point_map", 0, t) for t in steps] if mapped else (),
         initial=None if shared else lambda x: task.initial_lower(own(x)),
         reduce=reduce if shared else None,

@@ -4,11 +4,11 @@ from abc import ABC, abstractmethod
 
 from typing_extensions import override
 
-from bilevel_lightning.errors import positive
+from bilevel_lightning.errors import BilevelError, positive
 
 
 class Schedule(ABC):
-    """A positive number that depends on the step ``t``."""
+    """A number that depends on the step ``t``; it must not be negative."""
 
     @abstractmethod
     def __call__(self, t: int) -> float:
@@ -19,13 +19,15 @@ class Linear(Schedule):
     """``start + (end - start) min(t / steps, 1)``: a ramp that then stays at ``end``.
 
     Args:
-        start: value at ``t = 0``.
+        start: value at ``t = 0``; it may be 0.
         end: value from ``t = steps`` on.
         steps: length of the ramp, in steps.
     """
 
     def __init__(self, start: float, end: float, steps: int) -> None:
-        self.start, self.end = positive("Linear.start", start), positive("Linear.end", end)
+        if not 0 <= start < float("inf"):
+            raise BilevelError(f"Linear.start must not be negative, got {start}.")
+        self.start, self.end = start, positive("Linear.end", end)
         self.steps = int(positive("Linear.steps", steps))
 
     @override
@@ -64,3 +66,17 @@ class Power(Schedule):
     @override
     def __call__(self, t: int) -> float:
         return float(self.initial * (t + 1) ** self.exponent)
+
+
+def scheduled(name: str, value: float | Schedule) -> float | Schedule:
+    """Returns ``value`` if it is a schedule or positive.
+
+    Raises:
+        BilevelError: if it is neither; the message starts with ``name``.
+    """
+    return value if isinstance(value, Schedule) else positive(name, value)
+
+
+def at(value: float | Schedule, t: int) -> float:
+    """Returns a setting's value at step ``t``."""
+    return value(t) if isinstance(value, Schedule) else value

@@ -78,6 +78,14 @@ class Bilevel:
         """Proximal map of a nonsmooth lower term with step size ``step``; default: `project_lower`."""
         return self.project_lower(upper, lower)
 
+    def nonsmooth_lower(self, upper: Params, lower: Params) -> Tensor:
+        """Returns the nonsmooth lower term h(x, y) whose proximal map `prox_lower` is; default: none.
+
+        `lower_loss` is then the smooth part of the lower level alone. Methods that compare lower values (V-PBGD, MEHA)
+        need h and its derivative in x; a projection needs none, since h is zero on the feasible set.
+        """
+        raise BilevelError(f"{type(self).__name__} does not define nonsmooth_lower(upper, lower).")
+
     def fixed_point_map(self, batch: Any) -> Params:
         """Returns Phi(x, y), the next y, for `dynamics.FixedPoint` (equilibrium models)."""
         raise BilevelError(f"{type(self).__name__} does not define fixed_point_map(batch), which FixedPoint needs.")

@@ -38,6 +38,9 @@ def hypergradients(rows):
     out += [mean_over_processes(gradient), y_end]
     out += [product(y) for product in problem.map_products(dynamics.contraction, x, y)]
     g_yy, g_xy = problem.hessian_products(x, y)
+    value, *gradients = problem.values_and_gradients(x, y)
+    out += [{"value": value}, *gradients, {"value": problem.value(x, y)}, *problem.stationarity_gradients(x, y)]
+    out += [problem.blend(0.3, 0.7, center=tree.zeros_like(y), weight=0.2).grad_g(x, y), problem.grad_f_x(x, y)]
     return [*out, g_yy(y), g_xy(y), *problem.grad_f(x, y)]
 
 

@@ -82,7 +82,7 @@ def test_adam_has_a_derivative_where_all_gradients_were_zero():
         (lambda: Nesterov(0.1, -0.5), r"Nesterov.momentum must be in \[0, 1\)"),
         (lambda: Adam(betas=(0.9, 1.0)), r"Adam.betas must be in \[0, 1\)"),
         (lambda: Adam(eps=0.0), "Adam.eps must be a positive number"),
-        (lambda: Linear(0.0, 1.0, 5), "Linear.start must be a positive number"),
+        (lambda: Linear(-1.0, 1.0, 5), "Linear.start must not be negative"),
     ],
 )
 def test_impossible_settings(make, message):
@@ -91,7 +91,7 @@ def test_impossible_settings(make, message):
 
 
 def test_schedules():
-    assert [Linear(1.0, 3.0, 4)(t) for t in (0, 2, 4, 9)] == [1.0, 2.0, 3.0, 3.0]
+    assert [Linear(0.0, 3.0, 4)(t) for t in (0, 2, 4, 9)] == [0.0, 1.5, 3.0, 3.0]
     assert [InverseTime(2.0, 10.0)(t) for t in (0, 10)] == [2.0, 1.0]
     assert [Power(2.0, -0.5)(t) for t in (0, 3)] == [2.0, 1.0]
 

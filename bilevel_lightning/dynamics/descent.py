@@ -8,7 +8,7 @@ from bilevel_lightning import tree
 from bilevel_lightning.dynamics.base import Dynamics, Learn, State, fraction, learnt_fraction
 from bilevel_lightning.errors import positive
 from bilevel_lightning.problem import BilevelProblem
-from bilevel_lightning.schedules import InverseTime, Schedule
+from bilevel_lightning.schedules import InverseTime, Schedule, at, scheduled
 from bilevel_lightning.tree import Params
 
 
@@ -25,12 +25,12 @@ class GradientDescent(Dynamics):
     """
 
     def __init__(self, lr: float | Schedule = 0.1, learn_lr: Learn = False) -> None:
-        self.lr = lr if isinstance(lr, Schedule) else positive(f"{type(self).__name__}.lr", lr)
+        self.lr = scheduled(f"{type(self).__name__}.lr", lr)
         self.learn_lr = learn_lr
 
     def rate(self, x: Params, t: int) -> float | Tensor:
         """Returns the step size at lower step ``t``."""
-        lr = self.lr(t) if isinstance(self.lr, Schedule) else self.lr
+        lr = at(self.lr, t)
         if "dynamics/log_lr_factor" not in x:
             return lr
         theta = x["dynamics/log_lr_factor"]
@@ -43,7 +43,7 @@ class GradientDescent(Dynamics):
 
     @override
     def linear_step(self) -> float | None:
-        return self.lr(0) if isinstance(self.lr, Schedule) else self.lr
+        return at(self.lr, 0)
 
     @override
     def contraction(self, problem: BilevelProblem, x: Params, y: Params, t: int = 0) -> Params:
@@ -187,7 +187,7 @@ class AggregatedDescent(GradientDescent):
     @override
     def step(self, problem: BilevelProblem, x: Params, state: State, t: int, *, track: bool = False) -> State:
         (y,) = state
-        alpha = self.alpha(t) if isinstance(self.alpha, Schedule) else self.alpha
+        alpha = at(self.alpha, t)
         lr = self.rate(x, t)
         moved = tree.axpy(-(1 - alpha) * lr, problem.grad_g(x, y, t, track=track), y)
         moved = tree.axpy(-alpha * self.upper_lr, problem.grad_f_y(x, y, track=track), moved)
