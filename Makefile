@@ -2,6 +2,8 @@
 # Both use one thread: their problems are so small that more threads only wait for each other.
 PYTHON ?= python3
 BIN := .venv/bin
+# processes of the tests
+JOBS ?= 2
 
 .PHONY: demo test lint types bench clean
 
@@ -9,7 +11,7 @@ demo: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/bilevel-fit
 
 test: .venv/.installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -1,5 +1,29 @@
 """The problems."""
 
 from bilevel_lightning.tasks.hyper_cleaning import HyperCleaning
+from bilevel_lightning.tasks.numerical import (
+    BDACounterExample,
+    GPBGDTrap,
+    GroupLasso,
+    Lasso,
+    MerelyConvex,
+    NumericalTask,
+    PBGDToy,
+    SineSum,
+    SinProblem,
+    StronglyConvex,
+)
 
-__all__ = ["HyperCleaning"]
+__all__ = [
+    "BDACounterExample",
+    "GPBGDTrap",
+    "GroupLasso",
+    "HyperCleaning",
+    "Lasso",
+    "MerelyConvex",
+    "NumericalTask",
+    "PBGDToy",
+    "SinProblem",
+    "SineSum",
+    "StronglyConvex",
+]
