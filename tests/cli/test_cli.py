@@ -53,8 +53,29 @@ def checkpoint(folder="runs"):
 # Every shipped config, two iterations on tiny data.
 
 
-@pytest.mark.parametrize("name", shipped_configs())
-def test_shipped_configs_run(name, tmp_path, monkeypatch):
+def of_task(task):
+    return [name for name in shipped_configs() if name.startswith(f"{task}/")]
+
+
+def test_every_shipped_config_is_run_here():
+    assert sorted([*of_task("hyper_cleaning"), *of_task("numerical")]) == shipped_configs()
+
+
+@pytest.mark.parametrize("name", of_task("numerical"))
+def test_shipped_numerical_configs_run(name):
+    run("--config", name, "--trainer.max_steps=2", "--trainer.log_every_n_steps=1", "--model.upper_iterations=1")
+    folder = Path("runs") / name / "version_0"
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len([row for row in rows if row["train/upper_loss"]]) == 2
+    with (folder / "ends.csv").open() as file:
+        assert list(csv.DictReader(file))
+    text = Path(config_path(name)).read_text()
+    assert "precision: 64-true" in text  # the numbers of docs/numerical.md are those of float64
+
+
+@pytest.mark.parametrize("name", of_task("hyper_cleaning"))
+def test_shipped_cleaning_configs_run(name, tmp_path, monkeypatch):
     monkeypatch.setenv("BILEVEL_DATA_DIR", str(tmp_path))
     files.mnist(tmp_path)
     files.mnist(tmp_path, "FashionMNIST")
