@@ -11,6 +11,7 @@ Second derivatives of attention exist only for its plain implementation, so that
 """
 
 from collections.abc import Callable
+from itertools import compress
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -81,11 +82,8 @@ class _Gradient(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         x, y = _named(ctx.names, ctx.saved_tensors)
         v = dict(zip(y, cotangents, strict=True))
-        needed = dict(
-            zip([("x", name) for name in x] + [("y", name) for name in y], ctx.needs_input_grad[3:], strict=True)
-        )
-        x_wanted = {name: t for name, t in x.items() if needed["x", name]}
-        y_wanted = {name: t for name, t in y.items() if needed["y", name]}
+        needed = ctx.needs_input_grad[3:]
+        x_wanted, y_wanted = dict(compress(x.items(), needed)), dict(compress(y.items(), needed[len(x) :]))
         with randomness.replayed(ctx.random):
             d_x, d_y = PRODUCTS[ctx.rule](ctx.target, x, y, v, x_wanted, y_wanted)
         return None, None, None, *(d_x.get(name) for name in x), *(d_y.get(name) for name in y)

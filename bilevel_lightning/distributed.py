@@ -11,34 +11,19 @@ from bilevel_lightning.tree import Params
 
 
 class _Mean(torch.autograd.Function):
-    """Mean over processes whose derivatives, means of (co)tangents, are again differentiable, also under vmap."""
+    """Mean over processes whose derivative, the mean of cotangents, is again differentiable."""
 
     @staticmethod
     @override
-    def forward(flat: Tensor) -> Tensor:
+    def forward(ctx: Any, flat: Tensor) -> Tensor:
         out = flat.clone()
         dist.all_reduce(out)
         return out.div_(dist.get_world_size())
 
     @staticmethod
     @override
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Keeps nothing: the mean is linear."""
-
-    @staticmethod
-    @override
     def backward(ctx: Any, *cotangents: Any) -> Any:
         return _Mean.apply(cotangents[0])
-
-    @staticmethod
-    @override
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        return _Mean.apply(tangents[0])
-
-    @staticmethod
-    @override
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *flat: Any) -> Any:
-        return _Mean.apply(flat[0]), in_dims[0]
 
 
 def processes() -> int:

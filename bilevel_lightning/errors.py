@@ -1,4 +1,4 @@
-"""The one exception for what a person can mend (a setting, a file, a loss), and the check that most settings need."""
+"""The exceptions for what a person can mend (a setting, a file, a loss), and the check that most settings need."""
 
 
 class BilevelError(ValueError):
@@ -6,6 +6,10 @@ class BilevelError(ValueError):
 
     ``bilevel-fit`` prints the message in one line and ends with exit status 2, without a traceback.
     """
+
+
+class Diverged(BilevelError):  # noqa: N818 (it says what happened)
+    """A computation gave what is not finite; the message says which setting to lower."""
 
 
 def positive(name: str, value: float) -> float:

@@ -1,6 +1,7 @@
 import shutil
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from loops import Batches, fit, trainer
@@ -88,12 +89,75 @@ def test_a_loss_that_branches_on_values_is_refused():
         fit(RHG(task=Branching(), dynamics=GradientDescent(0.1), lower_steps=2, compile=True), 1)
 
 
-def test_another_shape_is_recorded_anew(monkeypatch):
-    """The recording of one shape, in which the length is a number, would be wrong for another."""
+class Own(torch.Tensor):
+    """A tensor class that make_fx does not know."""
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda a: a * a.sum().item(), "compile cannot record"),
+        (lambda a: a * sum(a.tolist()), "compile cannot record.*tolist.*stay those of the first batch"),
+        (lambda a: a * torch.as_tensor(a.detach().numpy()), "compile cannot record.*numpy"),
+        (lambda a: a * torch.as_tensor(np.sin(a)), "compile cannot record.*__array__"),
+        (lambda a: a.as_subclass(Own) * 2, "compile cannot record"),
+        (lambda a: torch.nested.nested_tensor([a, a[:1]]).to_padded_tensor(0.0), "compile cannot record"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_what_cannot_be_recorded(function, message):
+    with pytest.raises(BilevelError, match=message):
+        Compiled(lambda a: (function(a), Counter()))(torch.ones(2))
+
+
+@pytest.fixture
+def recorded_only(monkeypatch):
+    """Runs the recording as it is."""
     monkeypatch.setattr(torch, "compile", lambda program, **settings: program)
+
+
+def test_another_shape_is_recorded_anew(recorded_only):
+    """The recording of one shape, in which the length is a number, would be wrong for another."""
     compiled = Compiled(lambda a: (len(a) * a, Counter(calls=len(a))))
     for n in (2, 3, 2):
         result, counts = compiled(torch.ones(n))
         assert result.tolist() == [n] * n
         assert counts["calls"] == n
+        counts["calls"] = 0  # the caller's copy
     assert len(compiled.programs) == 2
+
+
+def test_a_size_that_comes_from_values_is_not_that_of_another_batch(recorded_only):
+    compiled = Compiled(lambda a, chosen: (a[chosen].expand(int(a[chosen].shape[0])), Counter()))
+    values = torch.arange(3.0)
+    assert compiled(values, torch.tensor([True, False, True]))[0].tolist() == [0, 2]
+    with pytest.raises(BilevelError, match="compile cannot run its recording on this batch; leave it off"):
+        compiled(values, torch.tensor([True, True, True]))
+
+
+def dropped():
+    return Compiled(lambda a: (nn.functional.dropout(a), Counter()))
+
+
+def test_recording_leaves_the_random_state(recorded_only):
+    compiled, ones = dropped(), torch.ones(100)
+    for _ in range(2):  # with and without recording
+        torch.manual_seed(0)
+        found = compiled(ones)[0]
+        torch.manual_seed(0)
+        assert torch.equal(found, nn.functional.dropout(ones))
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_random_numbers_are_drawn_anew():
+    compiled, ones, draws = dropped(), torch.ones(1000), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        draws += [compiled(ones)[0], compiled(ones)[0]]
+    assert torch.equal(draws[0], draws[2])
+    assert torch.equal(draws[1], draws[3])
+    assert not torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[4])
+    assert 0.9 < torch.stack(draws).mean() < 1.1

@@ -129,6 +129,15 @@ def test_diverging_is_a_verdict():
         assert "is not finite" in said(report)
 
 
+def test_other_errors_are_no_verdict():
+    class Refusing(AIDCG):
+        def bilevel_step(self, problem, x, y):
+            raise BilevelError("a finite number is missing")
+
+    with pytest.raises(BilevelError, match="a finite number is missing"):
+        check(Refusing(task=Quadratic(), dynamics=GD, lower_steps=2), BATCH)
+
+
 # What hides in the losses.
 
 

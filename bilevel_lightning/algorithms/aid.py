@@ -71,7 +71,7 @@ class AID(BilevelModule):
 
     @override
     def minibatches(self, k: int) -> tuple[int, int]:
-        return self.lower_steps + 1 + (self.linear_solver.samples if self.linear_solver.stochastic else 0), 1
+        return self.lower_steps + self.linear_solver.samples + 1, 1
 
     @override
     def bilevel_step(self, problem: BilevelProblem, x: Params, y: Params) -> Step:

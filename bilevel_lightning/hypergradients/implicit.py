@@ -11,13 +11,14 @@ import warnings
 
 from bilevel_lightning import tree
 from bilevel_lightning.dynamics import Dynamics
-from bilevel_lightning.errors import BilevelError
+from bilevel_lightning.errors import Diverged
 from bilevel_lightning.linear_solvers import LinearSolver, Solution, System
 from bilevel_lightning.problem import BilevelProblem, Operator
 from bilevel_lightning.tree import Params
 
 REMEDIES = {
-    "zero": "f_y is zero at y, so the implicit part of the hypergradient is zero; the upper loss may not depend on y.",
+    "zero": "f_y is zero at y, so the implicit part of the hypergradient is zero: let the upper loss depend on y, or "
+    "start the lower level at another y, where f_y is not zero.",
     "singular": "g_yy is singular at y, and the hypergradient is not defined: give the linear solver damping, add a "
     "regulariser to the lower loss, or use RHG.",
     "indefinite": "g_yy has a negative eigenvalue at y, which is no minimum of g: raise lower_steps, give the linear "
@@ -49,13 +50,13 @@ def implicit(
         y: a solution of the lower level, or near one.
         solver: of the linear system.
         start: first v; default zero.
-        t: number of the first lower minibatch to use; a stochastic solver takes another one for each product.
+        t: number of the first lower minibatch to use; product j takes number t + j, up to t + ``solver.samples``.
 
     Returns:
         dF/dx and the solution of the linear system.
 
     Raises:
-        BilevelError: if the solution is not finite.
+        Diverged: if the solution is not finite.
 
     Warns:
         LinearSystemWarning: if the system is singular, indefinite or diverging, or f_y is zero.
@@ -77,7 +78,7 @@ def implicit(
         return known[key]
 
     def product(v: Params, j: int) -> Params:
-        image = products(j if solver.stochastic else 0)[0](v)
+        image = products(min(j, solver.samples))[0](v)
         return image if stationary else tree.axpy(-1.0, image, v)
 
     def transpose(w: Params) -> Params:
@@ -86,15 +87,15 @@ def implicit(
         return tree.axpy(-1.0, image(w), w)
 
     system = System(product, f_y, None if stationary else transpose, dynamics.linear_step() if stationary else 1.0)
-    sampled = solver.stochastic and problem.minibatches > 1
+    sampled = solver.samples > 0 and problem.minibatches > 1
     solution = solver.solve(system._replace(agree=problem.agree, sampled=sampled), start)
     if solution.status == "not finite":
-        raise BilevelError(
+        raise Diverged(
             f"{type(solver).__name__} gave a v that is not finite: the lower level or the linear system has diverged. "
             "Lower dynamics.lr or the linear solver's lr."
         )
     if solution.status in REMEDIES:
         # Without numbers, so that Python shows it once in a run; train/residual is logged.
         warnings.warn(f"{type(solver).__name__}: {REMEDIES[solution.status]}", LinearSystemWarning, stacklevel=2)
-    cross = products(solver.samples if solver.stochastic else 0)[1](solution.v)
+    cross = products(solver.samples)[1](solution.v)
     return tree.axpy(-1.0 if stationary else 1.0, cross, f_x), solution
