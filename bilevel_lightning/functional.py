@@ -50,8 +50,8 @@ def hypergradient(
     module = method(**settings)  # type: ignore[operator]
     if not module.estimates_hypergradient:
         raise BilevelError(
-            f"{type(module).__name__} moves x and y together, and its direction at one point is no hypergradient; use F2SA, "
-            "the first-order method that solves the lower level, or RHG."
+            f"{type(module).__name__} moves x and y together, and its direction at one point is no hypergradient: "
+            "use F2SA, the first-order method that solves the lower level, or RHG."
         )
     if not isinstance(problem, tuple):
         x = tree.of(problem.upper) if x is None else x
