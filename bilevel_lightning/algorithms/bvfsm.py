@@ -8,7 +8,7 @@ from bilevel_lightning import tree
 from bilevel_lightning.errors import BilevelError
 from bilevel_lightning.module import BilevelModule, Step
 from bilevel_lightning.problem import BilevelProblem
-from bilevel_lightning.schedules import Power, Schedule, at, scheduled
+from bilevel_lightning.schedules import Schedule, at, scheduled
 from bilevel_lightning.tree import Params
 
 Penalty = Literal["quadratic", "log"]
@@ -27,10 +27,10 @@ class BVFSM(BilevelModule):
     the bilevel one, and w grows. Logged besides: ``train/gap``, g(x, y) - v, and ``train/share``, w / (1 + w).
 
     Args:
-        mu: regularisation of z and slack of v, or a schedule over the upper iterations. Default
-            0.01 / sqrt(k + 1).
-        theta: regularisation of y, likewise. Default 0.01 / sqrt(k + 1).
-        tau: of the penalty, likewise. Default 1e-3 / sqrt(k + 1).
+        mu: regularisation of z and slack of v, or a schedule over the upper iterations, such as ``Power(0.01, -0.5)``;
+            the papers let all three fall. Default 1e-3.
+        theta: regularisation of y, likewise. Default 1e-3.
+        tau: of the penalty, likewise; of the size of the gap that is tolerated. Default 1e-4.
         penalty: P as above. Default ``quadratic``.
         **kwargs: settings of `BilevelModule`.
 
@@ -49,9 +49,9 @@ class BVFSM(BilevelModule):
     def __init__(
         self,
         *,
-        mu: float | Schedule = Power(0.01, -0.5),  # noqa: B008 (values: they have no state)
-        theta: float | Schedule = Power(0.01, -0.5),  # noqa: B008
-        tau: float | Schedule = Power(1e-3, -0.5),  # noqa: B008
+        mu: float | Schedule = 1e-3,
+        theta: float | Schedule = 1e-3,
+        tau: float | Schedule = 1e-4,
         penalty: Penalty = "quadratic",
         **kwargs: Any,
     ) -> None:

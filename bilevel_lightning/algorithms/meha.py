@@ -12,7 +12,7 @@ from bilevel_lightning.dynamics import Dynamics, GradientDescent
 from bilevel_lightning.errors import positive
 from bilevel_lightning.module import Step
 from bilevel_lightning.problem import BilevelProblem
-from bilevel_lightning.schedules import Power, Schedule, at, scheduled
+from bilevel_lightning.schedules import Schedule, at, scheduled
 from bilevel_lightning.tree import Params
 
 
@@ -33,7 +33,7 @@ class MEHA(SingleLoop):
     Args:
         gamma: of the envelope; g + |.|^2 / (2 gamma) should be convex in y. Default 1.
         c: weight c_k of the gap, or a schedule over the upper iterations; the paper takes
-            ``Power(c, p)`` with p below 1/2. Default Power(2, 0.25).
+            ``Power(c, p)`` with p below 1/2. Default 5.
         lower_lr: step size beta of y, or a schedule over the upper iterations. Default 0.1.
         upper_optimizer: optimizer of x. Default SGD with step size 0.2.
         dynamics: of theta; its step size is eta. Default gradient descent with step size 0.1.
@@ -52,10 +52,10 @@ class MEHA(SingleLoop):
         self,
         *,
         gamma: float = 1.0,
-        c: float | Schedule = Power(2.0, 0.25),  # noqa: B008 (values: they have no state)
+        c: float | Schedule = 5.0,
         lower_lr: float | Schedule = 0.1,
         upper_optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.2),
-        dynamics: Dynamics = GradientDescent(0.1),  # noqa: B008
+        dynamics: Dynamics = GradientDescent(lr=0.1),  # noqa: B008 (a value: it has no state)
         lower_steps: int = 1,
         **kwargs: Any,
     ) -> None:

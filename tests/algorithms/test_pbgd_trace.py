@@ -1,3 +1,5 @@
+"""The traces of the released code of PBGD, on real data."""
+
 import pytest
 import torch
 from pytorch_lightning import Callback, Trainer, seed_everything
@@ -47,7 +49,7 @@ def test_iteration_50_of_the_released_code(real_data, algorithm, settings, lr, a
     task, upper_loss = Quiet(LinearNet()), UpperLoss()
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = Trainer(accelerator="cpu", max_steps=STEPS, limit_val_batches=0, callbacks=[upper_loss], **off)
-    trainer.fit(algorithm(task, upper_optimizer=lambda p: torch.optim.SGD(p, lr=lr), **settings), datamodule=data)
+    trainer.fit(algorithm(task=task, upper_optimizer=lambda p: torch.optim.SGD(p, lr=lr), **settings), datamodule=data)
     with torch.no_grad():
         found = task.metrics({"lower": data.train, "upper": data.test, "clean": data.clean})
     assert float(found["accuracy"]) == pytest.approx(accuracy, abs=1e-3)
