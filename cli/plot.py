@@ -157,14 +157,14 @@ def draw(runs: Sequence[Run], y: str, panels: Sequence[str], log: bool | None = 
         runs: the lines.
         y: name of the values.
         panels: keys of `AXES`.
-        log: logarithmic values; None: if all are positive, and none an accuracy.
+        log: logarithmic values; None: if none is negative nor all are zero, and none an accuracy. Zeros leave gaps.
     """
     curves = [mean(run, panels[0]) for run in runs]
     finite = np.concatenate([part[np.isfinite(middle)] for _, middle, low, _ in curves for part in (low, middle)])
     if log and not (finite > 0).any():
         raise BilevelError(f"--log: {y} is nowhere positive.")
     if log is None:
-        log = not _higher_is_better(y) and len(finite) > 0 and bool((finite > 0).all())
+        log = not _higher_is_better(y) and bool((finite > 0).any()) and bool((finite >= 0).all())
     figure = Figure(figsize=(4 * len(panels) if len(panels) > 1 else 6, 4.4), dpi=150, layout="constrained")
     handles: list[Line2D] = []
     for axes, panel in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
@@ -284,7 +284,7 @@ def arguments() -> ArgumentParser:
     parser.add_argument("--labels", nargs="+", metavar="LABEL", help="one for each run; default: the configs' names")
     scale = parser.add_mutually_exclusive_group()
     scale.add_argument(
-        "--log", action="store_true", help="logarithmic values; the default where all are positive, but for accuracies"
+        "--log", action="store_true", help="logarithmic values; the default where none is negative, but for accuracies"
     )
     scale.add_argument("--linear", action="store_true", help="linear values")
     return parser
