@@ -58,7 +58,7 @@ class Quadratic(BilevelTask):
         return self.rho * x + lr * (series @ self.B).T @ (y - self.c)
 
 
-class StronglyConvex(BilevelTask):
+class ScalarStronglyConvex(BilevelTask):
     """MEHA's problem (77) with one entry: f = (x - 1)^2 / 2 + y^2 / 2, g = y^2 / 2 - x y; x* = y* = 1/2."""
 
     def __init__(self, start: float = 2.0) -> None:
@@ -73,7 +73,7 @@ class StronglyConvex(BilevelTask):
         return 0.5 * self.lower.y**2 - self.upper.x * self.lower.y
 
 
-class MerelyConvex(BilevelTask):
+class ScalarMerelyConvex(BilevelTask):
     """MEHA's problem (18) with n = 1: f = (x - y2)^2/2 + (y1 - 1)^2/2, g = y1^2/2 - x y1; the solution is (1, 1, 1)."""
 
     def __init__(self, start: float = 0.01) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from loops import fit
-from problems import Nonlinear, Quadratic, StronglyConvex, Vector, bound, flat, relative, unrolled
+from problems import Nonlinear, Quadratic, ScalarStronglyConvex, Vector, bound, flat, relative, unrolled
 from problems import central_differences as differences
 from torch import nn
 
@@ -450,7 +450,7 @@ def test_one_lower_variable(name):
         "Nystrom": {"linear_solver": linear_solvers.Nystrom(1, damping=1e-8)},
     }.get(name, {})
     torch.manual_seed(0)
-    found = hypergradient(StronglyConvex(), method=name, dynamics=GradientDescent(1.0), lower_steps=2, **settings)
+    found = hypergradient(ScalarStronglyConvex(), method=name, dynamics=GradientDescent(1.0), lower_steps=2, **settings)
     assert found["x"].shape == ()
     assert float(found["x"]) == pytest.approx(3.0, abs={"PZOBO": 0.02, "Nystrom": 1e-7}.get(name, 1e-9))
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from problems import Contraction, FromX, MerelyConvex, Quadratic, StronglyConvex
+from problems import Contraction, FromX, Quadratic, ScalarMerelyConvex, ScalarStronglyConvex
 from torch import nn
 
 from bilevel_lightning import (
@@ -111,7 +111,7 @@ def test_an_unsolved_linear_system():
 
 
 def test_a_singular_system_is_put_in_words():
-    task = MerelyConvex()
+    task = ScalarMerelyConvex()
     with torch.no_grad():
         task.lower.y2.fill_(1.0)
     report = check(AIDCG(task=task, dynamics=GD, lower_steps=40), BATCH)
@@ -208,7 +208,7 @@ def test_fixed_points_learnt_settings_and_adam():
     assert (
         check(RHG(task=Quadratic(), dynamics=Adam(lr=0.1), lower_steps=9), BATCH, reference_steps=20).derivative < 1e-4
     )
-    assert check(AIDCG(task=StronglyConvex(), dynamics=Momentum(0.5, 0.5), lower_steps=30), BATCH).trusted
+    assert check(AIDCG(task=ScalarStronglyConvex(), dynamics=Momentum(0.5, 0.5), lower_steps=30), BATCH).trusted
 
 
 def test_implicit_methods_of_any_solver():

@@ -2,7 +2,17 @@ import warnings
 
 import pytest
 import torch
-from problems import Contraction, MerelyConvex, Nonlinear, Quadratic, StronglyConvex, bound, flat, relative, unrolled
+from problems import (
+    Contraction,
+    Nonlinear,
+    Quadratic,
+    ScalarMerelyConvex,
+    ScalarStronglyConvex,
+    bound,
+    flat,
+    relative,
+    unrolled,
+)
 from problems import central_differences as differences
 
 from bilevel_lightning import (
@@ -144,8 +154,8 @@ def test_aggregated_descent(dynamics, alpha):
 @pytest.mark.parametrize(
     ("task", "iterations", "limit"),
     [
-        (StronglyConvex, 100, {"x": 1 / (1 + 0.81 * (1 - 0.8**20))}),
-        (MerelyConvex, 200, {"x": 1.0, "y1": 1.0, "y2": 1.0}),
+        (ScalarStronglyConvex, 100, {"x": 1 / (1 + 0.81 * (1 - 0.8**20))}),
+        (ScalarMerelyConvex, 200, {"x": 1.0, "y1": 1.0, "y2": 1.0}),
     ],
 )
 def test_limits_of_aggregated_descent(task, iterations, limit):

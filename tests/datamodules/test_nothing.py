@@ -1,6 +1,6 @@
 import pytest
 from loops import trainer
-from problems import StronglyConvex
+from problems import ScalarStronglyConvex
 
 from bilevel_lightning import RHG, BilevelError
 from bilevel_lightning.datamodules import NoData
@@ -31,7 +31,7 @@ def test_batches_are_empty_but_not_skipped():
     batch = NoData().batch(0)
     assert split(batch) == ((), ())
     assert size(split(batch)[0]) == 0
-    module, data = RHG(task=StronglyConvex()), Recorded(4)
+    module, data = RHG(task=ScalarStronglyConvex()), Recorded(4)
     loop = trainer(10)
     loop.fit(module, datamodule=data)
     assert loop.global_step == 10
@@ -41,7 +41,7 @@ def test_batches_are_empty_but_not_skipped():
 
 def test_validation_runs_after_each_epoch():
     loop = trainer(8)
-    loop.fit(RHG(task=StronglyConvex()), datamodule=NoData(iterations=4))
+    loop.fit(RHG(task=ScalarStronglyConvex()), datamodule=NoData(iterations=4))
     assert loop.val_dataloaders is not None
     before = float(loop.callback_metrics["val/upper_loss"])
     loop.validate(loop.lightning_module, datamodule=loop.datamodule, verbose=False)
@@ -53,13 +53,13 @@ def test_validation_runs_after_each_epoch():
 @pytest.mark.parametrize("stop", [7, 10])
 def test_a_resumed_run_goes_on_with_the_next_number(stop, tmp_path):
     """Stopped in the middle of an epoch and at its end; the second run ends at the x of an uninterrupted one."""
-    whole = RHG(task=StronglyConvex())
+    whole = RHG(task=ScalarStronglyConvex())
     trainer(13).fit(whole, datamodule=NoData(iterations=10))
-    first, module = Recorded(10), RHG(task=StronglyConvex())
+    first, module = Recorded(10), RHG(task=ScalarStronglyConvex())
     loop = trainer(stop)
     loop.fit(module, datamodule=first)
     loop.save_checkpoint(tmp_path / "stopped.ckpt")
-    second, resumed = Recorded(10), RHG(task=StronglyConvex())
+    second, resumed = Recorded(10), RHG(task=ScalarStronglyConvex())
     loop = trainer(13)
     loop.fit(resumed, datamodule=second, ckpt_path=str(tmp_path / "stopped.ckpt"))
     assert first.numbers[:stop] == list(range(stop))

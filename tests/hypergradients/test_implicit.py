@@ -4,7 +4,17 @@ import weakref
 import pytest
 import torch
 from loops import fit
-from problems import Contraction, MerelyConvex, Nonlinear, Quadratic, StronglyConvex, Vector, bound, relative, unrolled
+from problems import (
+    Contraction,
+    Nonlinear,
+    Quadratic,
+    ScalarMerelyConvex,
+    ScalarStronglyConvex,
+    Vector,
+    bound,
+    relative,
+    unrolled,
+)
 from problems import central_differences as differences
 
 from bilevel_lightning import (
@@ -200,25 +210,25 @@ def trained(task, solver, iterations=100):
 )
 def test_limits_of_training_with_warm_start(solver, limit):
     """Step size 0.2, 20 lower steps, upper step 0.1, 100 iterations: 1/2, and 1 / (2 - 0.8^(J+1))."""
-    assert trained(StronglyConvex(), solver)["x"] == pytest.approx(limit, abs=1e-5)
+    assert trained(ScalarStronglyConvex(), solver)["x"] == pytest.approx(limit, abs=1e-5)
 
 
 @pytest.mark.parametrize("solver", [ConjugateGradient(), NormalConjugateGradient(), Dense()])
 def test_merely_convex_lower_levels_are_singular(solver):
     with pytest.warns(LinearSystemWarning, match="g_yy is singular.*damping.*RHG"):
-        trained(MerelyConvex(), solver, 2)
+        trained(ScalarMerelyConvex(), solver, 2)
 
 
 def test_the_neumann_series_on_a_merely_convex_lower_level():
-    """It sums without sign of the singularity and tends where `MerelyConvex` has no solution (1): y2 never moves."""
-    found = trained(MerelyConvex(), Neumann(10))
+    """It sums without sign of the singularity and tends where `ScalarMerelyConvex` has no solution (1): y2 never moves."""
+    found = trained(ScalarMerelyConvex(), Neumann(10))
     assert found["x"] == pytest.approx(0.482786, abs=1e-5)
     assert found["y2"] == 0.01
 
 
 def test_damping_cures_a_singular_system():
     """(diag(1, 0) + 0.5 I) v = f_y."""
-    problem, x, y = bound(MerelyConvex())
+    problem, x, y = bound(ScalarMerelyConvex())
     x = {"x": torch.tensor(0.7, dtype=torch.float64)}
     gradient, solution = implicit(problem, GradientDescent(), x, y, ConjugateGradient(damping=0.5))
     assert float(solution.v["y1"]) == pytest.approx((0.01 - 1) / 1.5)

@@ -2,7 +2,7 @@ import weakref
 
 import pytest
 import torch
-from problems import Contraction, FromX, MerelyConvex, Nonlinear, Quadratic, StronglyConvex
+from problems import Contraction, FromX, Nonlinear, Quadratic, ScalarMerelyConvex, ScalarStronglyConvex
 
 from bilevel_lightning import Adam, FixedPoint, GradientDescent, HeavyBall, Momentum, Nesterov, tree
 from bilevel_lightning.hypergradients import reverse
@@ -109,10 +109,10 @@ def test_an_independent_unrolling():
 @pytest.mark.parametrize(
     ("task", "truncation", "limit"),
     [
-        (StronglyConvex, None, {"x": 0.502899}),
-        (StronglyConvex, 10, {"x": 0.528366}),
-        (StronglyConvex, 2, {"x": 0.735294}),
-        (MerelyConvex, None, {"x": 0.502130, "y2": 0.01}),
+        (ScalarStronglyConvex, None, {"x": 0.502899}),
+        (ScalarStronglyConvex, 10, {"x": 0.528366}),
+        (ScalarStronglyConvex, 2, {"x": 0.735294}),
+        (ScalarMerelyConvex, None, {"x": 0.502130, "y2": 0.01}),
     ],
 )
 def test_limits_of_training_with_warm_start(task, truncation, limit, memory):
