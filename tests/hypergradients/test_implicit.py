@@ -220,7 +220,7 @@ def test_merely_convex_lower_levels_are_singular(solver):
 
 
 def test_the_neumann_series_on_a_merely_convex_lower_level():
-    """It sums without sign of the singularity and tends where `ScalarMerelyConvex` has no solution (1): y2 never moves."""
+    """The series sums and says nothing of the singularity; y2 never moves, and the solution 1 is missed."""
     found = trained(ScalarMerelyConvex(), Neumann(10))
     assert found["x"] == pytest.approx(0.482786, abs=1e-5)
     assert found["y2"] == 0.01
