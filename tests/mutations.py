@@ -34,6 +34,7 @@ class Mutation(NamedTuple):
 
 M = Mutation
 PROCESSES = "test_distributed.py::test_two_processes_with_half_the_batch_are_one_with_all_of_it"
+FIRST = "algorithms/test_first_order.py"
 # fmt: off
 MUTATIONS = [
     M("graph-without-graph", "derivatives.py", "y, create_graph=True)[0]", "y)[0]",
@@ -149,6 +150,45 @@ MUTATIONS = [
       "test_compiled.py::test_another_shape_is_recorded_anew"),
     M("one-program-for-all-shapes", "compiled.py", "key = (str(spec), str(shapes))", "key = str(spec)",
       "test_compiled.py"),
+    M("gap-not-checked", "algorithms/penalty.py", "if float(gap) < -(1.0 + abs(float(value))):", "if False:",
+      f"{FIRST}::test_a_value_gap_that_is_clearly_negative_ends_the_run"),
+    M("move-not-projected", "algorithms/penalty.py", "problem.prox(x, tree.axpy(-lr, d_y, y), lr * share)",
+      "tree.axpy(-lr, d_y, y)", f"{FIRST}::test_y_and_twins_stay_feasible"),
+    M("penalty-not-rescaled", "algorithms/pbgd.py", "1.0 / gamma if self.rescale and gamma > 1 else 1.0", "1.0",
+      f"{FIRST}::test_vpbgd_step_is_its_formula"),
+    M("value-function-held-fixed", "algorithms/pbgd.py", "(g_x[n] - v_x[n])", "g_x[n]",
+      f"{FIRST}::test_vpbgd_step_is_its_formula"),
+    M("twin-always-restarts", "algorithms/pbgd.py", "y if kept is None else kept", "y",
+      f"{FIRST}::test_vpbgd_step_is_its_formula"),
+    M("norm-penalty-without-hessian", "algorithms/pbgd.py", "(f_y, s_y)", "(f_y, g_y)",
+      f"{FIRST}::test_gpbgd_step_is_its_formula"),
+    M("difference-one-sided", "algorithms/f2sa.py", "problem.blend(-1 / gamma)", "problem",
+      f"{FIRST}::test_f2sa_errors_fall_like_the_first_and_the_second_power_of_gamma"),
+    M("difference-not-halved", "algorithms/f2sa.py", "for n in x}, gamma / 2", "for n in x}, gamma",
+      f"{FIRST}::test_f2sa_step_is_its_formula"),
+    M("multiplier-negative", "algorithms/bome.py", "(phi - inner).clamp(min=0)", "(phi - inner)",
+      f"{FIRST}::test_bome_step_is_its_formula_and_keeps_its_promise"),
+    M("barrier-without-twin", "algorithms/bome.py", "tree.axpy(-1.0, v_x, g_x)", "g_x",
+      f"{FIRST}::test_bome_step_is_its_formula_and_keeps_its_promise"),
+    M("value-without-slack", "algorithms/bvfsm.py", "tree.dot(z, z)) / 2 + mu", "tree.dot(z, z)) / 2",
+      f"{FIRST}::test_bvfsm_solves_its_two_lower_levels"),
+    M("barrier-outside-its-domain", "algorithms/bvfsm.py", "tau / (tau - gap) if gap < 0 else 1.0",
+      "tau / (tau + abs(gap))", f"{FIRST}::test_bvfsm_outside_the_domain_of_the_logarithm_steps_on_g"),
+    M("envelope-not-in-y", "algorithms/meha.py",
+      "tree.axpy(-1 / self.gamma, apart, problem.blend(weight).grad_g(x, y, t))",
+      "problem.blend(weight).grad_g(x, y, t)", f"{FIRST}::test_meha_goes_through_the_reference_trace"),
+    M("weight-does-not-fall", "algorithms/meha.py", "1 / at(self.c, k)", "1 / at(self.c, 0)",
+      f"{FIRST}::test_meha_goes_through_the_reference_trace"),
+    M("theta-restarts", "algorithms/meha.py", "y if theta is None else theta", "y",
+      f"{FIRST}::test_meha_goes_through_the_reference_trace"),
+    M("box-then-ball", "projections.py", "torch.where(outside, moved.clamp(low, high), boxed)",
+      "torch.where(outside, boxed * (self.radius / self._size(boxed)), boxed)",
+      "test_projections.py::test_ball_in_box_against_a_quadratic_program"),
+    M("spectral-derivative-symmetric", "projections.py",
+      "inner = (even * (inner + inner.mT) + odd * (inner - inner.mT)) / 2", "inner = even * inner",
+      "test_projections.py::test_derivatives"),
+    M("threshold-without-shrinking", "projections.py", "point - threshold * point.sign()", "point",
+      "test_projections.py::test_soft_threshold_against_brute_force"),
 ]
 # fmt: on
 

@@ -234,26 +234,27 @@ class Sine(BilevelTask):
 
 
 @pytest.mark.parametrize(
-    ("n", "c", "start", "steps", "x", "y", "theta"),
+    ("n", "c", "start", "rates", "steps", "x", "y", "theta"),
     [
-        (1, 0.1, (2.0, 4.0, 4.1), 1500, 2.00795197, 4.00795197, 4.20094635),
-        (1, 1.0, (2.0, 4.0, 4.1), 1500, 2.07045159, 4.07045159, 4.23044326),
-        (1, 10.0, (2.0, 4.0, 4.1), 3500, 2.26280966, 4.26280966, 4.31605917),
-        (1, 1.0, (-6.0, 0.0, 0.0), 2000, 2.07045159, 4.07045159, 4.23044326),
-        (10, 1.0, (2.0, 4.0, 4.1), 3000, 2.39037655, 4.03903766, 4.11949287),
+        (1, 0.1, (2.0, 4.0, 4.1), (0.02, 0.02, 0.12), 1500, 2.00795197, 4.00795197, 4.20094635),
+        (1, 1.0, (2.0, 4.0, 4.1), (0.2, 0.2, 0.2), 500, 2.07045159, 4.07045159, 4.23044326),
+        (1, 10.0, (2.0, 4.0, 4.1), (0.2, 0.2, 0.2), 500, 2.26280966, 4.26280966, 4.31605917),
+        (1, 100.0, (2.0, 4.0, 4.1), (0.5, 0.5, 0.2), 1000, 2.34414635, 4.34414635, 4.35103076),
+        (1, 1.0, (-6.0, 0.0, 0.0), (0.05, 0.05, 0.12), 2000, 2.07045159, 4.07045159, 4.23044326),
+        (10, 1.0, (2.0, 4.0, 4.1), (0.02, 0.2, 0.2), 500, 2.39037655, 4.03903766, 4.11949287),
+        (10, 10.0, (2.0, 4.0, 4.1), (0.05, 0.2, 0.2), 500, 2.60885086, 4.06088509, 4.07307032),
     ],
 )
-def test_meha_rests_where_its_penalised_problem_does(n, c, start, steps, x, y, theta):
-    """Limits of a constant weight, from an independent solution (docs/numerical.md has those of c = 100, n = 10)."""
+def test_meha_rests_where_its_penalised_problem_does(n, c, start, rates, steps, x, y, theta):
+    """Limits of a constant weight, from an independent solution; ``rates`` are the steps of x, y and theta."""
     task = Sine(n, *start[:2])
-    lr = (0.02 if c < 1 else 0.05) / n
     module = MEHA(
         task=task,
         gamma=0.4,
         c=c,
-        lower_lr=lr,
-        dynamics=GradientDescent(0.12),
-        upper_optimizer=sgd(lr),
+        lower_lr=rates[1],
+        dynamics=GradientDescent(rates[2]),
+        upper_optimizer=sgd(rates[0]),
         upper_iterations=500,
     )
     module.configure_model()

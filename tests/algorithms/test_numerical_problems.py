@@ -7,7 +7,7 @@ import torch
 from loops import fit
 from pytorch_lightning import Callback
 
-from bilevel_lightning import AIDCG, RHG, GradientDescent
+from bilevel_lightning import AIDCG, RHG, BilevelError, GradientDescent
 from bilevel_lightning.algorithms import F2SA, GPBGD, MEHA, VPBGD
 from bilevel_lightning.callbacks import ResidualStopping
 from bilevel_lightning.schedules import Power
@@ -103,6 +103,25 @@ def test_meha_solves_the_merely_convex_problem_and_stays():
     fit(module, 1450, callbacks=[Note()])
     assert errors[725] < 1e-8
     assert errors[1450] < 1e-8
+
+
+def test_the_paper_setting_of_the_merely_convex_problem_trips_the_divergence_guard():
+    """theta follows y_2 too slowly, so that its term drives y_2 away once 1 / c_k is small; no step is annealed."""
+    task = MerelyConvex(n=10)
+    module = MEHA(
+        task=task,
+        gamma=5.0,
+        c=Power(0.167, 0.49),
+        lower_lr=0.1,
+        dynamics=GradientDescent(0.009),
+        upper_optimizer=sgd(0.012),
+        upper_iterations=500,
+    )
+    with pytest.raises(BilevelError, match=r"diverged. Lower"):
+        fit(module, 5000)
+    for t in ends(task):
+        assert torch.isfinite(t).all()
+        assert (t - 1).abs().min() > 1
 
 
 def test_methods_that_need_a_unique_lower_solution_miss_the_merely_convex_one():
