@@ -3,6 +3,7 @@
 from bilevel_lightning import algorithms
 from bilevel_lightning.algorithms import *  # noqa: F403 (the one list of them is its __all__)
 from bilevel_lightning.dynamics import (
+    Accelerated,
     Adam,
     AggregatedDescent,
     Anderson,
@@ -23,6 +24,7 @@ from bilevel_lightning.task import BilevelTask, Minibatches
 __version__ = "0.1.0"
 
 __all__ = [
+    "Accelerated",
     "Adam",
     "AggregatedDescent",
     "Anderson",

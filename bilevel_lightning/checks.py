@@ -1,5 +1,6 @@
 """What is looked at before a run begins, and while it goes on."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ def check_losses(problem: BilevelProblem, x: Params, y: Params) -> None:
     """
     x, y = tree.leaf(x), tree.leaf(y)
     used: set[str] = set()
-    losses = {"upper_loss": problem.f, "lower_loss": problem.g}
+    losses: dict[str, Callable[[Params, Params], Tensor]] = {"upper_loss": problem.f, "lower_loss": problem.g}
     if problem.nonsmooth is not None:
         losses["nonsmooth_lower"] = problem.nonsmooth
     for name, loss in losses.items():
@@ -78,24 +79,31 @@ def check_losses(problem: BilevelProblem, x: Params, y: Params) -> None:
         if name == "lower_loss" and not any(n.startswith("y ") for n in reached):
             raise BilevelError("lower_loss does not depend on any parameter of self.lower.")
         used |= reached
-    unused = [n for n in x if f"x {n}" not in used and "/" not in n]
+    if problem.start_depends_on_x:
+        start = torch.stack([t.sum() for t in problem.initial(x).values()]).sum()
+        through = torch.autograd.grad(start, [*x.values()], allow_unused=True)
+        used |= {f"x {n}" for n, g in zip(x, through, strict=True) if g is not None}
+    prepared = any(n.startswith("prepared/") for n in x)  # then x is also used through what was prepared
+    unused = [n for n in x if f"x {n}" not in used and "/" not in n and not prepared]
     if unused:
         rank_zero_warn(f"The losses use no gradient of the upper variables {unused}: they will not be learnt.")
 
 
 def diagnose(problem: BilevelProblem, x: Params, y: Params) -> Params:
-    """Returns what is logged of the state after an upper iteration: both losses and ``|g_y|``."""
+    """Returns what is logged of the state after an upper iteration: both losses and ``|g_y|``, each for each episode."""
     y = tree.leaf(y)
     with torch.enable_grad():
-        lower_loss = problem.g(x, y)
-        stationarity = tree.norm(tree.grad(lower_loss, y)[0])
+        lower_loss = problem.each_g(x, y)
+        gradient = tree.grad(lower_loss.sum(), y)[0]
         if problem.nonsmooth is not None:
             lower_loss = lower_loss + problem.nonsmooth(x, y)
+    first = 0 if problem.episodes is None else 1
+    norms = torch.stack([torch.linalg.vector_norm(t.flatten(first), dim=-1) for t in gradient.values()])
     with torch.no_grad():
         return {
-            "train/upper_loss": problem.f(x, y),
+            "train/upper_loss": problem.each_f(x, y),
             "train/lower_loss": lower_loss.detach(),
-            "train/stationarity": stationarity,
+            "train/stationarity": torch.linalg.vector_norm(norms, dim=0),
         }
 
 

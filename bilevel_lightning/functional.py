@@ -36,11 +36,12 @@ def hypergradient(
         **settings: of the algorithm: ``dynamics``, ``lower_steps``, ``truncation``, ``linear_solver``, ....
 
     Returns:
-        The hypergradient, by the names of x; learnt settings of the dynamics are named ``dynamics/...``.
+        The hypergradient, by the names of x; what the algorithm adds to x has a slash in its name, such as
+        ``dynamics/...`` for learnt settings of the dynamics.
 
     Raises:
-        BilevelError: if the method is unknown or moves x and y together (VPBGD, GPBGD, BOME, BVFSM, MEHA), a setting is
-            impossible, or x or y is missing beside two functions.
+        BilevelError: if the method is unknown or its direction is no hypergradient (VPBGD, GPBGD, BOME, BVFSM, MEHA, which
+            move x and y together; Reptile; IMAML, whose lower problem is another), a setting is impossible, or x or y is missing beside two functions.
     """
     if isinstance(method, str):
         found = {name.lower(): name for name in algorithms.__all__}
@@ -50,17 +51,18 @@ def hypergradient(
     module = method(**settings)  # type: ignore[operator]
     if not module.estimates_hypergradient:
         raise BilevelError(
-            f"{type(module).__name__} moves x and y together, and its direction at one point is no hypergradient: "
+            f"The direction of {type(module).__name__} at one point is no hypergradient of this problem: "
             "use F2SA, the first-order method that solves the lower level, or RHG."
         )
     if not isinstance(problem, tuple):
+        module.task = problem
         x = tree.of(problem.upper) if x is None else x
         y = problem.initial_lower(x) if y is None else y
     if x is None or y is None:
         raise BilevelError("Two functions state the problem: give x and y, dictionaries of tensors.")
     like = next(iter(x.values()))
-    learnt = {name: t.to(like) for name, t in module.dynamics.learnable(module.lower_steps).items()}
-    x, y = tree.detach({**learnt, **x}), tree.detach(y)
+    added = {name: t.to(like) for name, t in module.added_upper(y).items()}
+    x, y = tree.detach({**added, **x}), tree.detach(y)
     if isinstance(problem, tuple):
         return dict(module.bilevel_step(BilevelProblem(*problem), x, y).upper_grad)
     oracles, z, pull_back = bind(problem, batch, x)

@@ -3,7 +3,7 @@
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -21,7 +21,8 @@ from bilevel_lightning.compiled import Compiled
 from bilevel_lightning.distributed import agree, mean_over_processes, total_over_processes
 from bilevel_lightning.dynamics import Dynamics, GradientDescent
 from bilevel_lightning.errors import BilevelError, positive
-from bilevel_lightning.problem import BilevelProblem, Functional, Operator, bind, running_norms, split
+from bilevel_lightning.interval import Interval
+from bilevel_lightning.problem import BilevelProblem, Functional, Operator, bind, own, running_norms, split, stack
 from bilevel_lightning.state import State
 from bilevel_lightning.task import Bilevel, BilevelTask, Minibatches
 from bilevel_lightning.tree import Params
@@ -29,6 +30,7 @@ from bilevel_lightning.tree import Params
 ORACLES = (
     "upper_gradients",
     "lower_gradients",
+    "upper_values",
     "lower_values",
     "hessian_products",
     "cross_products",
@@ -44,7 +46,7 @@ class Step(NamedTuple):
     Attributes:
         upper_grad: the direction for x, an estimate of the hypergradient.
         lower: the new y; or, for a method whose y follows the new x, what gives it from the problem and that x.
-        logs: scalars to log, such as ``train/residual``.
+        logs: scalars to log, such as ``train/residual``; or one value for each episode side by side.
         state: new values of what the algorithm keeps (`BilevelModule.initial_state`).
     """
 
@@ -81,6 +83,11 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         upper_iterations: number of upper iterations on each batch. More than one saves the trainer's own time, about
             a millisecond a batch, where an iteration takes less (docs/benchmarks.md); logs and validations count
             batches, `max_steps` and schedules upper iterations. For tasks whose batch is all their data. Default 1.
+        episodes_at_once: how many episodes of a batch are solved side by side (`torch.func.vmap`): equal results, other
+            time and memory (docs/few_shot.md); for algorithms that treat them independently. Default: one after the
+            other on a CPU, all on other devices.
+        evaluation_steps: lower steps at validation and test, where y is solved for each episode. Default lower_steps.
+        evaluation_dynamics: one lower step there. Default ``dynamics``, or what it is without the upper loss.
         compile: record the whole hypergradient, derivatives included, at the first batch and run it compiled; for
             batches of equal shapes, one process, losses without random numbers, and algorithms that do not branch on
             values. It can be several times faster for small problems, after minutes of compiling that grow with
@@ -92,6 +99,8 @@ class BilevelModule(LightningModule, Bilevel, ABC):
 
     least_lower_steps = 1
     compilable = False
+    side_by_side = False
+    """Whether `bilevel_step` treats episodes side by side as it would one after the other."""
     estimates_hypergradient = True
     """Whether one `bilevel_step` at a fixed x gives it; not where y or a twin is solved across iterations."""
 
@@ -108,12 +117,15 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         lower_steps: int = 20,
         warm_start: bool = True,
         upper_iterations: int = 1,
+        episodes_at_once: int | None = None,
+        evaluation_steps: int | None = None,
+        evaluation_dynamics: Dynamics | None = None,
         compile: bool = False,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         # From Python, objects are the caller's to give again; from the command line their configs are stored.
-        objects = ["task", "dynamics", "upper_optimizer", "upper_scheduler"]
+        objects = ["task", "dynamics", "evaluation_dynamics", "upper_optimizer", "upper_scheduler"]
         self.save_hyperparameters(ignore=[] if _given_hyperparameters.get() else objects)
         for name in [k for k, v in self.hparams.items() if not plain(v)]:
             del self.hparams[name]
@@ -126,6 +138,16 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         self.upper_clip_norm = upper_clip_norm
         self.dynamics, self.lower_steps, self.warm_start = dynamics, lower_steps, warm_start
         self.upper_iterations = int(positive("upper_iterations", upper_iterations))
+        if episodes_at_once is not None and int(positive("episodes_at_once", episodes_at_once)) > 1:
+            if not self.side_by_side:
+                raise BilevelError(
+                    f"{type(self).__name__} solves one episode after the other: leave episodes_at_once out."
+                )
+        self.episodes_at_once = episodes_at_once
+        self.evaluation_steps = lower_steps if evaluation_steps is None else evaluation_steps
+        if self.evaluation_steps < 0:
+            raise BilevelError(f"evaluation_steps must not be negative, got {evaluation_steps}.")
+        self.evaluation_dynamics = evaluation_dynamics or dynamics.adaptation()
         self.learnable = nn.ParameterDict()
         self.cold_start: State | None = None
         self.states = nn.ModuleDict()
@@ -133,8 +155,9 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             raise BilevelError(
                 f"compile does not apply to {type(self).__name__}, which branches on values: leave it off, or use RHG."
             )
-        self.compiled = Compiled(self._iterate) if compile else None
+        self.compiled = Compiled(self._recorded) if compile else None
         self.scale: dict[str, float] = {}
+        self.intervals = nn.ModuleDict()
         self._checked: bool | None = None  # None: not configured; False: losses not looked at yet
         self.register_buffer("oracles", torch.zeros(len(ORACLES), dtype=torch.long))
         self.oracles: Tensor
@@ -166,6 +189,33 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         values: Params = self.states[name].get()  # type: ignore[operator]
         return values
 
+    def added_upper(self, y: Params) -> Params:
+        """Returns initial values of the upper variables that the algorithm adds to the task's.
+
+        Their names have a slash. Default: the learnt settings of the dynamics.
+
+        Args:
+            y: the start of the lower level.
+        """
+        return self.dynamics.learnable(self.lower_steps, y)
+
+    def start_lower(self, x: Params) -> Params:
+        """Returns y_0, detached: the task's `initial_lower`, or where there is no warm start the y of the beginning."""
+        if self.cold_start is not None:
+            return self.cold_start.get()
+        return tree.detach(self.hooks.initial_lower(own(x)))
+
+    def project_added(self) -> None:
+        """Projects the upper variables of `added_upper` after the upper step; default: nothing."""
+
+    def adapt(self, problem: BilevelProblem, x: Params, y: Params) -> Iterator[Params]:
+        """Yields y_0, y_1, ... of the lower level as solved at validation and test, without graphs."""
+        state = self.evaluation_dynamics.start(y)
+        yield state[0]
+        for t in range(self.evaluation_steps):
+            state = self.evaluation_dynamics.step(problem, x, state, t)
+            yield state[0]
+
     def minibatches(self, k: int) -> tuple[int, int]:
         """Returns how many lower and upper minibatches upper iteration ``k`` takes, where data come in minibatches."""
         return self.lower_steps, 1
@@ -185,18 +235,17 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         return self if self.task is None else self.task
 
     def upper_parameters(self) -> Params:
-        """Returns x: the trainable parameters of ``upper`` and the learnable settings of the dynamics."""
-        learnable = {f"dynamics/{name}": p for name, p in self.learnable.items()}
-        return {**tree.of(self.hooks.upper), **learnable}
+        """Returns x: the trainable parameters of ``upper``, and those of `added_upper`."""
+        return {**tree.of(self.hooks.upper), **{name.replace(":", "."): p for name, p in self.learnable.items()}}
 
     @override
     def configure_model(self) -> None:
         if self._checked is not None:
             return
         x, y = check_levels(self.hooks)
-        device = next(iter(x.values()))
-        for name, value in self.dynamics.learnable(self.lower_steps).items():
-            self.learnable[name.removeprefix("dynamics/")] = nn.Parameter(value.to(device))
+        like = next(iter(x.values()))
+        for name, value in self.added_upper(tree.detach(self.hooks.initial_lower(x))).items():
+            self.learnable[name.replace(".", ":")] = nn.Parameter(value.detach().clone().to(like))
         if not self.warm_start and self.hooks.persistent_lower:
             self.cold_start = State(y)
         if self.hooks.persistent_lower:
@@ -226,12 +275,16 @@ class BilevelModule(LightningModule, Bilevel, ABC):
     @override
     def configure_optimizers(self) -> Any:
         try:
-            optimizer = self.upper_optimizer(self.upper_parameters().values())
+            optimizer = self.upper_optimizer(self.upper_groups())
         except ValueError as error:
             raise BilevelError(f"upper_optimizer: {error}.") from error
         if isinstance(optimizer, torch.optim.LBFGS):
             raise BilevelError("upper_optimizer LBFGS needs a closure, which a hypergradient has not; use SGD or Adam.")
         return [optimizer], [] if self.upper_scheduler is None else [self.upper_scheduler(optimizer)]
+
+    def upper_groups(self) -> Iterable[Any]:
+        """Returns what the upper optimizer is made for: the parameters x, or groups of them with their settings."""
+        return self.upper_parameters().values()
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -247,54 +300,78 @@ class BilevelModule(LightningModule, Bilevel, ABC):
     def _upper_iteration(self, batch: Any, due: bool) -> None:
         """Steps x and y once."""
         x = tree.detach(self.upper_parameters())
-        gradients, logs, moves, problems = [], [], [], []
         counts: Counter[str] = Counter()
-        state: Mapping[str, Params] = {}
         episodes = self.hooks.episodes(batch)
         if self.hooks.persistent_lower and len(episodes) != 1:
             raise BilevelError(
                 f"episodes(batch) returned {len(episodes)} problems, but one y persists; set persistent_lower = False."
             )
-        for episode in episodes:
-            problem, z, pull_back = bind(self.hooks, episode, x, mean_over_processes, agree)
-            y = self._start(x)
-            if not self._checked:
-                with self._aside():
-                    check_losses(problem, z, y)
-                self._checked = True
+        if not self._checked:
+            self._check(episodes[0], x)
+        steps, problems = [], []
+        groups = self._groups(episodes)
+        for episode, number in groups:
             if self.compiled is None:
-                step, taken = self._solve(problem, z, y, pull_back)
+                problem, z, step = self._iterate(x, self._starts(x, number), episode, number)
+                taken = problem.counts
             else:
-                step, taken = self.compiled(x, y, episode)
+                problem, z, _ = self._bind(episode, x, number)
+                step, taken = self.compiled(x, self._starts(x, number), episode, number)
             counts.update(taken)
-            state = step.state
-            gradients.append(step.upper_grad)
-            logs.append(dict(step.logs))
-            moves.append(step.lower)
+            steps.append(step)
             problems.append((problem, tree.clone(z) if due else z))
-        gradient = mean_over_processes(tree.mean(gradients))
+        gradient = mean_over_processes(tree.mean([s.upper_grad for s in steps], [n or 1 for _, n in groups]))
         norm = tree.norm(gradient)
         self._guard("The hypergradient", norm, self.upper_rates)
-        for move in moves:
-            if not callable(move):
-                self._guard("y", tree.norm(move), self.lower_rates)
+        for step in steps:
+            if not callable(step.lower):
+                self._guard("y", tree.norm(step.lower), self.lower_rates)
         self._step_upper(gradient, norm)
-        lowers = [self._follow(m, e, counts) if callable(m) else m for m, e in zip(moves, episodes, strict=True)]
+        lowers = [
+            self._follow(s.lower, e, counts) if callable(s.lower) else s.lower
+            for s, (e, _) in zip(steps, groups, strict=True)
+        ]
         if self.hooks.persistent_lower:
             tree.assign(self.hooks.lower, lowers[0])
-            for name, values in state.items():
+            for name, values in steps[0].state.items():
                 self.states[name].set(values)  # type: ignore[operator]
         self._count(counts)
         self._advance_statistics(episodes)
         if due:
             with self._aside():
-                for log, (problem, z), y in zip(logs, problems, lowers, strict=True):
-                    log.update(diagnose(problem, z, y))
-            self._log_step(tree.mean(logs), norm)
+                logs = [
+                    {**step.logs, **diagnose(problem, z, y)}
+                    for step, (problem, z), y in zip(steps, problems, lowers, strict=True)
+                ]
+            self._log_step({name: torch.cat([log[name].reshape(-1) for log in logs]).mean() for name in logs[0]}, norm)
+
+    def _groups(self, episodes: Sequence[Any]) -> list[tuple[Any, int | None]]:
+        """Returns what is solved at once: single episodes with None, or stacks of several with their number."""
+        size = self.episodes_at_once
+        if size is None:
+            size = len(episodes) if self.side_by_side and self.device.type != "cpu" else 1
+        if size == 1 or len(episodes) == 1:
+            return [(episode, None) for episode in episodes]
+        return [(stack(part), len(part)) for part in (episodes[i : i + size] for i in range(0, len(episodes), size))]
+
+    def _starts(self, x: Params, number: int | None) -> Params:
+        """Returns y_0, repeated for episodes side by side."""
+        y = self.start_lower(x)
+        return y if number is None else {name: t.expand(number, *t.shape) for name, t in y.items()}
+
+    def _bind(self, episode: Any, x: Params, number: int | None = None) -> tuple[BilevelProblem, Params, Operator]:
+        return bind(self.hooks, episode, x, mean_over_processes, agree, number)
+
+    def _check(self, episode: Any, x: Params) -> None:
+        """Looks at the losses, once."""
+        with self._aside():
+            problem, z, _ = self._bind(episode, x)
+            check_losses(problem, z, self.start_lower(x))
+        self._checked = True
 
     def _follow(self, move: Callable[[BilevelProblem, Params], Params], episode: Any, counts: Counter[str]) -> Params:
         """Returns the new y of a method whose lower step is taken at the new x, and adds its oracles to ``counts``."""
-        problem, z, _ = bind(self.hooks, episode, tree.detach(self.upper_parameters()), mean_over_processes, agree)
+        problem, z, _ = self._bind(episode, tree.detach(self.upper_parameters()))
         y = move(problem, z)
         self._guard("y", tree.norm(y), self.lower_rates)
         counts.update(problem.counts)
@@ -315,33 +392,47 @@ class BilevelModule(LightningModule, Bilevel, ABC):
                 f"{rates}; the last checkpoint is as it was."
             )
 
-    def _iterate(self, x: Params, y: Params, episode: Any) -> tuple[Step, Counter[str]]:
-        """The same from the episode, for `Compiled`."""
-        problem, z, pull_back = bind(self.hooks, episode, x, mean_over_processes, agree)
-        return self._solve(problem, z, y, pull_back)
+    def _iterate(self, x: Params, y: Params, episode: Any, number: int | None) -> tuple[BilevelProblem, Params, Step]:
+        """Returns the problem on one episode or stack, its x, and the step, whose direction is pulled back to x.
 
-    def _solve(self, problem: BilevelProblem, x: Params, y: Params, pull_back: Operator) -> tuple[Step, Counter[str]]:
-        """Returns the step on one episode, its direction pulled back to x, and the oracles that it took."""
-        step = self.bilevel_step(problem, x, y)
-        return Step(pull_back(step.upper_grad), step.lower, dict(step.logs), dict(step.state)), problem.counts
+        The direction of a stack, whose losses are sums, is divided by the number of its episodes.
+        """
+        problem, z, pull_back = self._bind(episode, x, number)
+        step = self.bilevel_step(problem, z, y)
+        gradient = pull_back(step.upper_grad)
+        if number is not None:
+            gradient = {name: t / number for name, t in gradient.items()}
+        return problem, z, Step(gradient, step.lower, dict(step.logs), dict(step.state))
+
+    def _recorded(self, *args: Any) -> tuple[Step, Counter[str]]:
+        """The step and the oracles taken, for `Compiled`."""
+        problem, _, step = self._iterate(*args)
+        return step, problem.counts
 
     def _advance_statistics(self, episodes: Sequence[Any]) -> None:
-        """Adds the lower data, once an upper iteration, to the running statistics of normalisation layers."""
+        """Adds the lower data, once an upper iteration, to the running statistics of normalisation layers.
+
+        Where y is solved for each episode, they are those along its steps.
+        """
         if not any(running_norms(level) for level in (self.hooks.upper, self.hooks.lower)):
             return
-        with torch.no_grad(), self._aside():
+        call = Functional(self.hooks, advance=True)
+        with self._aside(), torch.no_grad():
             for episode in episodes:
-                lower = split(episode)[0]
-                self.hooks.lower_loss(lower[0] if isinstance(lower, Minibatches) else lower)
+                if self.hooks.persistent_lower:
+                    lower = split(episode)[0]
+                    self.hooks.lower_loss(lower[0] if isinstance(lower, Minibatches) else lower)
+                    continue
+                _, _, path = self.solved(episode)
+                x = tree.detach(self.upper_parameters())
+                lower = split(call.at(x, {}, "prepare", episode))[0]
+                for t, y in enumerate(path):
+                    self.hooks.at_lower_step(t)
+                    call.at(x, y, "lower_loss", lower)
 
     def _aside(self) -> Any:
         """A context for what must not change the random numbers of training."""
         return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
-
-    def _start(self, x: Params) -> Params:
-        if self.cold_start is not None:
-            return self.cold_start.get()
-        return tree.detach(self.hooks.initial_lower({name: t for name, t in x.items() if "/" not in name}))
 
     def _step_upper(self, gradient: Params, norm: Tensor) -> None:
         """Steps, projects and schedules x."""
@@ -354,6 +445,7 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         upper = self.hooks.upper
         with torch.no_grad():
             tree.assign(upper, self.hooks.project_upper(tree.clone(tree.of(upper))))
+            self.project_added()
         scheduler = self.lr_schedulers()
         if scheduler is not None:
             scheduler.step()  # type: ignore[union-attr]
@@ -362,7 +454,11 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         logs["train/hypergradient_norm"] = norm
         logs = mean_over_processes(logs)
         for name, p in self.learnable.items():
-            logs[f"train/{name}"] = p.detach()
+            kind, _, label = name.partition("/")
+            if kind == "dynamics" and p.ndim == 0:
+                logs[f"train/{label}"] = p.detach()
+            elif kind == "dynamics" and p.ndim == 1 and label == "log_lr_factor":
+                logs.update({f"train/{label}/{t}": value for t, value in enumerate(p.detach())})
         bar = ("train/upper_loss", "train/lower_loss", "train/hypergradient_norm")
         for name, value in logs.items():
             self.log(name, value.float(), prog_bar=name in bar, batch_size=1)
@@ -378,27 +474,73 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         self._evaluate(batch, "test")
 
     def _evaluate(self, batch: Any, stage: str) -> None:
-        """Logs the task's metrics at the current y, or at the y solved for each episode where y does not persist."""
+        """Logs the task's metrics at the current y, or at the y solved for each episode where y does not persist.
+
+        Then their means are over episodes, and ``..._ci95`` are half the widths of 95 % confidence intervals.
+        """
         with self._aside(), torch.inference_mode(False), torch.enable_grad():
             batch = apply_to_collection(batch, Tensor, torch.clone)
-            x = tree.clone(self.upper_parameters())
-            results = []
-            for episode in self.hooks.episodes(batch):
-                problem, z, _ = bind(self.hooks, episode, x, mean_over_processes, agree)
-                y = tree.clone(self.hooks.initial_lower({n: t for n, t in x.items() if "/" not in n}))
-                if not self.hooks.persistent_lower:
-                    y = self.solve_lower(problem, z, y)
-                with torch.no_grad():
-                    metrics = Functional(self.hooks).at(x, y, "metrics", episode)
-                    results.append({"upper_loss": problem.f(z, y), **metrics})
-        for name, value in tree.mean(results).items():
+            found = [self._evaluated(*group) for group in self._groups(self.hooks.episodes(batch))]
+        for name in found[0]:
+            values = torch.cat([metrics[name].reshape(-1) for metrics in found]).float()
             self.log(
-                f"{stage}/{name}", value.float(), sync_dist=True, batch_size=len(results), prog_bar=name == "accuracy"
+                f"{stage}/{name}",
+                values.mean(),
+                sync_dist=True,
+                batch_size=len(values),
+                prog_bar=name == "accuracy",
             )
+            if not self.hooks.persistent_lower and name != "upper_loss":
+                key = f"{stage}_{name}"
+                if key not in self.intervals:
+                    self.intervals[key] = Interval().to(self.device)
+                interval: Any = self.intervals[key]
+                interval(values)
+                self.log(f"{stage}/{name}_ci95", interval, metric_attribute=f"intervals.{key}")
+
+    def _evaluated(self, episode: Any, number: int | None) -> dict[str, Tensor]:
+        """Returns the metrics of one episode or of a stack."""
+        problem, x, path = self.solved(episode, number)
+        start = y = next(path)
+        for y in path:  # noqa: B007 (the last one)
+            pass
+        with torch.no_grad():
+            found = {"upper_loss": problem.each_f(x, y), **problem.evaluate("metrics", x, y)}
+            if y is not start:
+                before = problem.evaluate("metrics", x, start)
+                found.update({f"{name}_before": value for name, value in before.items()})
+        return found
+
+    def solved(self, episode: Any, number: int | None = None) -> tuple[BilevelProblem, Params, Iterator[Params]]:
+        """Returns the problem of an episode, its x, and its y as validation and test solve it, step by step from y_0.
+
+        Where y persists, there is one: the current y.
+
+        Args:
+            episode: one of the task's episodes, or several by `problem.stack`.
+            number: how many are stacked; None: one.
+        """
+        x = tree.clone(self.upper_parameters())
+        problem, z, _ = self._bind(episode, x, number)
+        if self.hooks.persistent_lower:
+            return problem, z, iter([tree.clone(tree.of(self.hooks.lower))])
+        return problem, z, self.adapt(problem, z, tree.clone(self._starts(x, number)))
 
     @override
     def predict_step(self, batch: Any, batch_idx: int) -> Any:
-        return self.hooks.predict(batch)
+        if self.hooks.persistent_lower:
+            return self.hooks.predict(batch)
+        with self._aside(), torch.inference_mode(False), torch.enable_grad():
+            batch = apply_to_collection(batch, Tensor, torch.clone)
+            found = []
+            for i, episode in enumerate(self.hooks.episodes(batch)):
+                problem, x, path = self.solved(episode)
+                *_, y = path
+                with torch.no_grad():
+                    columns = problem.evaluate("predict", x, y)
+                number = torch.full_like(next(iter(columns.values())), i, dtype=torch.long)
+                found.append({"episode": number, **columns})
+        return {name: torch.cat([columns[name] for columns in found]) for name in found[0]}
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

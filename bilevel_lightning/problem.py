@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from bilevel_lightning import tree
@@ -41,16 +41,23 @@ class BilevelProblem:
         reduce: differentiable average over processes, where y is shared by them; default: identity.
         agree: makes random directions equal on the processes that share y; default: identity.
         samples: how many samples each lower minibatch and the upper batch hold, to count what was touched.
+        episodes: number E of independent problems side by side: tensors of y, and those that `Bilevel.prepare` made,
+            have a leading dimension E, f and g return one value for each, and what is differentiated is their sum;
+            None: a single problem.
+        evaluate: calls a method of the task, such as ``metrics``, on the whole batch at (x, y), for each episode side
+            by side: ``evaluate("metrics", x, y)``.
+        enter: called with t before g is evaluated for lower step t, and with the step after it before f is.
 
     Attributes:
+        episodes: as given.
         start_depends_on_x: whether y_0 is a function of x.
         nonsmooth: h, or None.
         constrained: whether the lower level has a proximal map or a projection.
         minibatches: number of lower minibatches.
         rule: how tracked gradients are differentiated (`derivatives`).
         counts: number of evaluated oracles so far, by name: ``upper_gradients``, ``lower_gradients``, ``lower_values``,
-            ``hessian_products`` (g_yy v), ``cross_products`` (g_xy v), ``fixed_point_maps``, and ``samples``, how many
-            samples all of them touched.
+            ``upper_values``, ``hessian_products`` (g_yy v), ``cross_products`` (g_xy v), ``fixed_point_maps``, and
+            ``samples``, how many samples all of them touched.
     """
 
     def __init__(
@@ -65,8 +72,12 @@ class BilevelProblem:
         reduce: Operator | None = None,
         agree: Operator | None = None,
         samples: tuple[Sequence[int], int] = ((0,), 0),
+        episodes: int | None = None,
+        evaluate: Callable[[str, Params, Params], Any] = lambda method, x, y: {},
+        enter: Callable[[int], None] | None = None,
     ) -> None:
-        self.f = f
+        self._f, self.episodes, self.evaluate = f, episodes, evaluate
+        self._enter, self._last = enter, [-1]
         self._g = [g] if callable(g) else list(g)
         self.nonsmooth = nonsmooth
         self._prox, self._fixed_point, self._initial = prox, fixed_point, initial
@@ -117,12 +128,42 @@ class BilevelProblem:
             if not self._weights[1]:
                 return
         lower, upper = self._samples
+        times *= self.episodes or 1
         self.counts[oracle] += times
         self.counts["samples"] += times * (upper if t is None else lower[t % len(lower)])
 
-    def g(self, x: Params, y: Params, t: int = 0) -> Tensor:
-        """Returns the lower loss on the minibatch of lower step ``t``."""
+    def each_f(self, x: Params, y: Params) -> Tensor:
+        """Returns the upper loss, of shape ``(episodes,)`` where there are several side by side."""
+        if self._enter is not None:
+            self._enter(self._last[0] + 1)
+        return self._f(x, y)
+
+    def each_g(self, x: Params, y: Params, t: int = 0) -> Tensor:
+        """Returns the lower loss on the minibatch of lower step ``t``, of shape ``(episodes,)`` where there are several."""
+        if self._enter is not None:
+            self._enter(t)
+            self._last[0] = t
         return self._g[t % len(self._g)](x, y)
+
+    def f(self, x: Params, y: Params) -> Tensor:
+        """Returns the upper loss, the sum over episodes side by side."""
+        value = self.each_f(x, y)
+        return value if self.episodes is None else value.sum()
+
+    def g(self, x: Params, y: Params, t: int = 0) -> Tensor:
+        """Returns the lower loss on the minibatch of lower step ``t``, the sum over episodes side by side."""
+        value = self.each_g(x, y, t)
+        return value if self.episodes is None else value.sum()
+
+    def upper_values(self, x: Params, y: Params) -> Tensor:
+        """Returns the upper loss without a graph, averaged over the processes that share y; as `each_f`."""
+        self.count("upper_values")
+        with torch.no_grad():
+            return self._reduce({"": self.each_f(x, y)})[""]
+
+    def for_each(self, y: Params) -> Params:
+        """Returns y repeated for the episodes side by side; differentiable, without copies."""
+        return y if self.episodes is None else {n: t.expand(self.episodes, *t.shape) for n, t in y.items()}
 
     def grad_f(self, x: Params, y: Params) -> tuple[Params, Params]:
         """Returns (f_x, f_y)."""
@@ -270,10 +311,14 @@ class Functional:
     Tied parameters are all replaced (as by `torch.func.functional_call`, but where they lie is looked up once, which
     matters for small problems). Running statistics of normalisation layers are read, but what an evaluation adds to
     them is dropped: the losses stay functions of (x, y). `BilevelModule` advances the statistics once in an upper
-    iteration.
+    iteration, with ``advance``.
+
+    Args:
+        task: whose methods are called.
+        advance: keep what an evaluation adds to running statistics.
     """
 
-    def __init__(self, task: Any) -> None:
+    def __init__(self, task: Any, advance: bool = False) -> None:
         self.task = task
         places: dict[int, list[tuple[dict[str, Any], str]]] = {}
         for module in task.modules():
@@ -281,9 +326,11 @@ class Functional:
                 places.setdefault(id(p), []).append((module._parameters, name))
         self._upper = {name: places[id(p)] for name, p in tree.of(task.upper).items()}
         self._lower = {name: places[id(p)] for name, p in tree.of(task.lower).items()}
-        self._statistics = [
-            (layer._buffers, name, t) for _, layer in running_norms(task) for name, t in layer.named_buffers()
-        ]
+        self._statistics = (
+            []
+            if advance
+            else [(layer._buffers, name, t) for _, layer in running_norms(task) for name, t in layer.named_buffers()]
+        )
 
     def at(self, x: Params, y: Params, method: str, *args: Any) -> Any:
         """Returns ``task.method(*args)`` at (x, y)."""
@@ -309,9 +356,9 @@ def running_norms(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, m) for name, m in layers if m.training and m.track_running_stats]
 
 
-def size(part: Any) -> int:
-    """Returns the number of samples in a part of a batch: the length of its first tensor."""
-    lengths = [len(t) if t.ndim else 1 for t in tree_flatten(part)[0] if isinstance(t, Tensor)]
+def size(part: Any, dim: int = 0) -> int:
+    """Returns the number of samples in a part of a batch: the length of its first tensor along ``dim``."""
+    lengths = [t.shape[dim] if t.ndim > dim else 1 for t in tree_flatten(part)[0] if isinstance(t, Tensor)]
     return lengths[0] if lengths else 0
 
 
@@ -337,15 +384,48 @@ def split(batch: Any) -> tuple[Any, Any]:
     )
 
 
+def _side_by_side(function: Callable[[Params, Any], Any], y: Params, data: Any) -> Any:
+    """Returns ``function(y, data)`` for each entry of the leading dimension of y and of the tensors in data."""
+    dims = tree_map(lambda leaf: 0 if isinstance(leaf, Tensor) else None, data)
+    return torch.func.vmap(function, in_dims=(0, dims), randomness="different")(y, data)
+
+
+def stack(episodes: Sequence[Any]) -> Any:
+    """Returns episodes as one batch whose tensors have them as leading dimension.
+
+    Raises:
+        BilevelError: if they differ in shape.
+    """
+    flat = [tree_flatten(episode) for episode in episodes]
+    if len({str([getattr(t, "shape", t) for t in leaves]) + str(spec) for leaves, spec in flat}) > 1:
+        raise BilevelError("Episodes of different shapes cannot be solved side by side: set episodes_at_once to 1.")
+    columns = zip(*(leaves for leaves, _ in flat), strict=True)
+    return tree_unflatten([torch.stack(c) if isinstance(c[0], Tensor) else c[0] for c in columns], flat[0][1])
+
+
+def start_depends_on_x(task: Bilevel) -> bool:
+    """Whether `Bilevel.initial_lower` gives a function of the upper variables, as in MAML, and not fixed values."""
+    if task.persistent_lower or type(task).initial_lower is Bilevel.initial_lower:
+        return False
+    x = tree.leaf(tree.of(task.upper))
+    with torch.enable_grad():
+        start = task.initial_lower(x)
+    given = {id(t) for t in x.values()}
+    return any(t.grad_fn is not None or id(t) in given for t in start.values())
+
+
 def _prepare(
-    task: Bilevel, call: Functional, batch: Any, x: Params
+    task: Bilevel, call: Functional, batch: Any, x: Params, episodes: int | None
 ) -> tuple[Params, Callable[[Params], Any], Operator]:
     """Runs `Bilevel.prepare`: the prepared tensors, the batch as a function of them, and their pull-back to x."""
     if type(task).prepare is Bilevel.prepare:
         return {}, lambda x: batch, lambda gradient: gradient
     source = tree.leaf(x)
     with torch.enable_grad():
-        leaves, spec = tree_flatten(call.at(source, {}, "prepare", batch))
+        if episodes is None:
+            leaves, spec = tree_flatten(call.at(source, {}, "prepare", batch))
+        else:
+            leaves, spec = tree_flatten(_side_by_side(lambda _, data: call.at(source, {}, "prepare", data), {}, batch))
     prepared = {f"prepared/{i}": t for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.requires_grad}
 
     def fill(x: Params) -> Any:
@@ -359,32 +439,51 @@ def _prepare(
 
 
 def bind(
-    task: Bilevel, batch: Any, x: Params, reduce: Operator | None = None, agree: Operator | None = None
+    task: Bilevel,
+    batch: Any,
+    x: Params,
+    reduce: Operator | None = None,
+    agree: Operator | None = None,
+    episodes: int | None = None,
 ) -> tuple[BilevelProblem, Params, Operator]:
-    """Binds a task to one episode.
+    """Binds a task to one episode, or to several side by side.
 
     Args:
         task: the losses and hooks.
-        batch: one episode, ``{"lower": ..., "upper": ...}``.
+        batch: one episode, ``{"lower": ..., "upper": ...}``, or several of them by `stack`.
         x: values of the upper variables.
         reduce: average over processes; used where the task's y is shared by them.
         agree: makes random directions equal on all processes; used where the task's y is shared by them.
+        episodes: how many episodes are stacked in ``batch``, None: it is a single one, without leading dimension.
 
     Returns:
         The problem, its upper variables (x and, with `Bilevel.prepare`, the prepared tensors), and the map that
         pulls a gradient with respect to those back to x.
     """
     call = Functional(task)
-    z, fill, pull_back = _prepare(task, call, batch, x)
+    z, fill, pull_back = _prepare(task, call, batch, x, episodes)
 
-    def level(method: str, part: int, t: int | None = None) -> Any:
+    def level(method: str, part: int | None, t: int | None = None) -> Any:
         def loss(x: Params, y: Params) -> Any:
-            data = split(fill(x))[part]
-            return call.at(x, y, method, data if t is None else data[t])
+            data = fill(x) if part is None else split(fill(x))[part]
+            data = data if t is None else data[t]
+            if episodes is None:
+                return call.at(x, y, method, data)
+            return _side_by_side(lambda y, data: call.at(x, y, method, data), y, data)
 
         return loss
 
+    def prox(x: Params, y: Params, step: float | Tensor) -> Params:
+        one = partial(task.prox_lower, own(x), step=step)
+        found: Params = one(y) if episodes is None else torch.func.vmap(one)(y)
+        return found
+
+    def initial(x: Params) -> Params:
+        y = task.initial_lower(own(x))
+        return y if episodes is None else {n: t.expand(episodes, *t.shape) for n, t in y.items()}
+
     lower, upper = split(batch)
+    number = partial(size, dim=0 if episodes is None else 1)
     several = isinstance(lower, Minibatches)
     steps: Sequence[int | None] = range(len(lower)) if several else [None]
     hooks = type(task)
@@ -395,12 +494,15 @@ def bind(
     problem = BilevelProblem(
         level("upper_loss", 1),
         [level("lower_loss", 0, t) for t in steps],
-        prox=(lambda x, y, step: task.prox_lower(own(x), y, step)) if constrained else None,
+        prox=prox if constrained else None,
         nonsmooth=(lambda x, y: task.nonsmooth_lower(own(x), y)) if nonsmooth else None,
         fixed_point=[level("fixed_point_map", 0, t) for t in steps] if mapped else (),
-        initial=None if shared else lambda x: task.initial_lower(own(x)),
+        initial=initial if start_depends_on_x(task) else None,
         reduce=reduce if shared else None,
         agree=agree if shared else None,
-        samples=([size(part) for part in lower] if several else [size(lower)], size(upper)),
+        samples=([number(part) for part in lower] if several else [number(lower)], number(upper)),
+        episodes=episodes,
+        evaluate=lambda method, x, y: level(method, None)(x, y),
+        enter=task.at_lower_step if hooks.at_lower_step is not Bilevel.at_lower_step else None,
     )
     return problem, {**x, **z}, pull_back

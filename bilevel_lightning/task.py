@@ -57,6 +57,12 @@ class Bilevel:
         """Splits a batch into independent lower problems, whose hypergradients are averaged; default: one."""
         return [batch]
 
+    def at_lower_step(self, t: int) -> None:
+        """Called before g is evaluated for lower step ``t``, and with the number of steps taken before f is.
+
+        For layers that differ from step to step, such as the batch normalisation of MAML++; default: nothing.
+        """
+
     def prepare(self, batch: Any) -> Any:
         """Returns the batch with whatever depends on x but not on y computed once per upper iteration.
 

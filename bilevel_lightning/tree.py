@@ -53,11 +53,16 @@ def norm(x: Params) -> Tensor:
     return total
 
 
-def mean(trees: Sequence[Params]) -> Params:
-    """Returns the average of trees with equal names."""
+def mean(trees: Sequence[Params], weights: Sequence[float] | None = None) -> Params:
+    """Returns the average of trees with equal names; ``weights`` are relative, default equal."""
     if len(trees) == 1:
         return trees[0]
-    return {name: torch.stack([tree[name] for tree in trees]).mean(0) for name in trees[0]}
+    weights = [1.0] * len(trees) if weights is None else weights
+    shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    return {
+        name: torch.tensordot(shares.to(t), torch.stack([tree[name] for tree in trees]), dims=1)
+        for name, t in trees[0].items()
+    }
 
 
 @torch.no_grad()

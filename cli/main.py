@@ -91,6 +91,16 @@ class BilevelCLI(LightningCLI):
                 f"Logs, checkpoints and figures: {self.trainer.log_dir} (tensorboard --logdir {self.trainer.log_dir})"
             )
 
+    def after_fit(self) -> None:
+        """Tests episodic tasks, once, with the checkpoint that was best on validation episodes, or else the last y."""
+        trainer, model = self.trainer, self.model
+        quick = getattr(trainer, "fast_dev_run", False) or trainer.barebones
+        if model.hooks.persistent_lower or trainer.interrupted or quick:  # type: ignore[union-attr]
+            return
+        chosen: Any = trainer.checkpoint_callback
+        best = "best" if getattr(chosen, "monitor", None) and chosen.best_model_path else None
+        trainer.test(model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
+
     def after_predict(self) -> None:
         """Writes what the task predicts, a dictionary of columns, as ``predictions.csv`` beside the logs."""
         batches: Any = self.trainer.predict_loop.predictions

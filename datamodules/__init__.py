@@ -3,7 +3,26 @@
 from bilevel_lightning.datamodules.cifar10 import CIFAR10Cleaning
 from bilevel_lightning.datamodules.cleaning import CleaningData
 from bilevel_lightning.datamodules.digits import DigitsCleaning
+from bilevel_lightning.datamodules.episodes import EpisodicDataModule
+from bilevel_lightning.datamodules.fewshot_images import FewShotImages
+from bilevel_lightning.datamodules.mini_imagenet import MiniImageNet
 from bilevel_lightning.datamodules.mnist import FashionMNISTCleaning, MNISTCleaning
 from bilevel_lightning.datamodules.nothing import NoData
+from bilevel_lightning.datamodules.omniglot import Omniglot
+from bilevel_lightning.datamodules.sinusoid import Sinusoid
+from bilevel_lightning.datamodules.tiered_imagenet import TieredImageNet
 
-__all__ = ["CIFAR10Cleaning", "CleaningData", "DigitsCleaning", "FashionMNISTCleaning", "MNISTCleaning", "NoData"]
+__all__ = [
+    "CIFAR10Cleaning",
+    "CleaningData",
+    "DigitsCleaning",
+    "EpisodicDataModule",
+    "FashionMNISTCleaning",
+    "FewShotImages",
+    "MNISTCleaning",
+    "MiniImageNet",
+    "NoData",
+    "Omniglot",
+    "Sinusoid",
+    "TieredImageNet",
+]

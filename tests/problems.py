@@ -139,7 +139,7 @@ class Contraction(BilevelTask):
 
 def bound(task, dynamics=None, steps=1, batch=None):
     """Returns the problem of a task, its x with the learnt settings of the dynamics, and its y."""
-    learnable = {} if dynamics is None else {name: t.double() for name, t in dynamics.learnable(steps).items()}
+    learnable = {} if dynamics is None else {name: t.double() for name, t in dynamics.learnable(steps, {}).items()}
     problem, x, _ = bind(task, batch, {**tree.detach(tree.of(task.upper)), **learnable}, lambda v: v)
     return problem, x, tree.detach(tree.of(task.lower))
 

@@ -66,10 +66,10 @@ def test_decreasing_step():
 
 def test_learnt_step_size_starts_at_lr_and_stays_positive():
     dynamics = GradientDescent(0.25, learn_lr=True)
-    (name,) = dynamics.learnable(12)
-    assert float(dynamics.rate(dynamics.learnable(12), 0)) == 0.25
+    (name,) = dynamics.learnable(12, {})
+    assert float(dynamics.rate(dynamics.learnable(12, {}), 0)) == 0.25
     assert float(dynamics.rate({name: torch.tensor(-9.0)}, 0)) > 0
-    assert GradientDescent(0.25).learnable(12) == {}
+    assert GradientDescent(0.25).learnable(12, {}) == {}
 
 
 def test_adam_has_a_derivative_where_all_gradients_were_zero():
@@ -240,7 +240,7 @@ def test_derivatives_in_x_and_the_settings(dynamics):
 
 def test_learnt_schedules_have_a_number_for_each_step():
     dynamics = DIFFERENTIATED["steps"]
-    assert dynamics.learnable(7)["dynamics/log_lr_factor"].shape == (7,)
+    assert dynamics.learnable(7, {})["dynamics/log_lr_factor"].shape == (7,)
     x = {"dynamics/log_lr_factor": torch.arange(3.0)}
     rates = [float(dynamics.rate(x, t)) for t in range(4)]
     assert rates == pytest.approx([0.3 * 5 / (5 + t) * float(torch.tensor(min(t, 2.0)).exp()) for t in range(4)])

@@ -81,8 +81,10 @@ def test_warm_and_cold_start():
 def test_a_learnt_step_size_is_an_upper_variable():
     module = RHG(task=Quadratic(), dynamics=GradientDescent(0.05, learn_lr=True), lower_steps=5)
     run = fit(module, 30)
-    assert module.learnable["log_lr_factor"].item() > 0.05  # larger steps come closer to y* in five steps
-    assert float(run.callback_metrics["train/log_lr_factor"]) == pytest.approx(module.learnable["log_lr_factor"].item())
+    assert module.learnable["dynamics/log_lr_factor"].item() > 0.05  # larger steps come closer to y* in five steps
+    assert float(run.callback_metrics["train/log_lr_factor"]) == pytest.approx(
+        module.learnable["dynamics/log_lr_factor"].item()
+    )
 
 
 def test_scheduler_clipping_and_projection():

@@ -52,7 +52,7 @@ class AID(BilevelModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        learnt = sorted(self.dynamics.learnable(1))
+        learnt = sorted(self.dynamics.learnable(1, {"y": torch.zeros(1)}))
         if learnt:
             raise BilevelError(
                 f"{type(self).__name__} differentiates y*, which does not depend on {learnt}: do not learn settings of "

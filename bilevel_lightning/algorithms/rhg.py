@@ -44,6 +44,7 @@ class RHG(BilevelModule):
     """
 
     compilable = True
+    side_by_side = True
 
     def __init__(
         self, *, truncation: int | None = None, memory: Memory = "graph", first_order: bool = False, **kwargs: Any

@@ -49,7 +49,7 @@ def check(
     """
     if not module.estimates_hypergradient:
         raise BilevelError(
-            f"{type(module).__name__} moves x and y together, and its direction at one point is no hypergradient: "
+            f"The direction of {type(module).__name__} at one point is no hypergradient of this problem: "
             "check the same task with --model F2SA or --model RHG, and watch train/gap in the run."
         )
     positive("directions", directions)
@@ -87,7 +87,7 @@ class _Bench:
             if device.type == "cuda":
                 torch.cuda.default_generators[device.index].manual_seed(self.seed)
             problem, z, pull_back = bind(self.module.hooks, self.episode, x)
-            yield problem, z, self.module._start(x), pull_back
+            yield problem, z, self.module.start_lower(x), pull_back
 
     def solved(self, steps: int) -> tuple[Params, float]:
         """Returns y after some lower steps, and how far it is from rest."""

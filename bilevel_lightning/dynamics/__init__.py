@@ -7,11 +7,19 @@ it, and so that its settings may be learnt as upper variables (``learn_lr`` and 
 
 from bilevel_lightning.dynamics.adam import Adam
 from bilevel_lightning.dynamics.base import Dynamics, State
-from bilevel_lightning.dynamics.descent import AggregatedDescent, GradientDescent, HeavyBall, Momentum, Nesterov
+from bilevel_lightning.dynamics.descent import (
+    Accelerated,
+    AggregatedDescent,
+    GradientDescent,
+    HeavyBall,
+    Momentum,
+    Nesterov,
+)
 from bilevel_lightning.dynamics.fixed_point import Anderson, FixedPoint
 from bilevel_lightning.dynamics.library import HigherDynamics
 
 __all__ = [
+    "Accelerated",
     "Adam",
     "AggregatedDescent",
     "Anderson",

@@ -56,9 +56,9 @@ class Adam(GradientDescent):
         self.learn_betas, self.learn_eps = learn_betas, learn_eps
 
     @override
-    def learnable(self, steps: int) -> Params:
+    def learnable(self, steps: int, y: Params) -> Params:
         names = ["logit_beta1", "logit_beta2"] * self.learn_betas + ["log_eps_factor"] * self.learn_eps
-        return {**super().learnable(steps), **{f"dynamics/{name}": torch.zeros(()) for name in names}}
+        return {**super().learnable(steps, y), **{f"dynamics/{name}": torch.zeros(()) for name in names}}
 
     @override
     def linear_step(self) -> float | None:

@@ -11,7 +11,7 @@ from bilevel_lightning.problem import BilevelProblem
 from bilevel_lightning.tree import Params
 
 State: TypeAlias = tuple[Params, ...]
-Learn: TypeAlias = bool | Literal["per_step"]
+Learn: TypeAlias = bool | Literal["per_step", "per_parameter"]
 
 
 def fraction(name: str, value: float, above: float = -1.0) -> float:
@@ -51,9 +51,16 @@ class Dynamics(ABC):
     def step(self, problem: BilevelProblem, x: Params, state: State, t: int, *, track: bool = False) -> State:
         """Returns the state after lower step ``t`` (from 0); with ``track`` differentiable in x and the state."""
 
-    def learnable(self, steps: int) -> Params:
-        """Returns initial values of the settings that are upper variables, named ``dynamics/...``, for T ``steps``."""
+    def learnable(self, steps: int, y: Params) -> Params:
+        """Returns initial values of the settings that are upper variables, for T ``steps`` from y.
+
+        Their names are ``dynamics/...``.
+        """
         return {}
+
+    def adaptation(self) -> "Dynamics":
+        """Returns the dynamics of validation and test, which must not see the upper loss; default: this one."""
+        return self
 
     def linear_step(self) -> float | None:
         """Returns a step size with which ``v - step g_yy v`` contracts if this dynamics does; None: unknown."""

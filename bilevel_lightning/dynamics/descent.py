@@ -11,6 +11,9 @@ from bilevel_lightning.problem import BilevelProblem
 from bilevel_lightning.schedules import InverseTime, Schedule, at, scheduled
 from bilevel_lightning.tree import Params
 
+PER_PARAMETER = "dynamics/log_lr_factors/"
+"""What precedes the name of a lower variable in that of its learnt step sizes."""
+
 
 class GradientDescent(Dynamics):
     r"""``y <- prox(y - lr g_y(x, y))``, the proximal map being the task's projection or the identity.
@@ -18,7 +21,8 @@ class GradientDescent(Dynamics):
     Args:
         lr: step size, or a schedule over the lower steps. Default 0.1.
         learn_lr: learn the step size as an upper variable theta, ``lr exp(theta)``, from theta = 0, so that it stays
-            positive; ``per_step``: one theta for each lower step, a learnt schedule. Default False.
+            positive; ``per_step``: one theta for each lower step, a learnt schedule; ``per_parameter``: one for each
+            entry of y (Meta-SGD). Default False.
 
     Raises:
         BilevelError: if lr is not positive.
@@ -29,7 +33,7 @@ class GradientDescent(Dynamics):
         self.learn_lr = learn_lr
 
     def rate(self, x: Params, t: int) -> float | Tensor:
-        """Returns the step size at lower step ``t``."""
+        """Returns the step size at lower step ``t``, without what is learnt for each parameter."""
         lr = at(self.lr, t)
         if "dynamics/log_lr_factor" not in x:
             return lr
@@ -37,9 +41,17 @@ class GradientDescent(Dynamics):
         return lr * (theta[min(t, len(theta) - 1)] if theta.ndim else theta).exp()
 
     @override
-    def learnable(self, steps: int) -> Params:
+    def learnable(self, steps: int, y: Params) -> Params:
+        if self.learn_lr == "per_parameter":
+            return {f"{PER_PARAMETER}{name}": torch.zeros(t.shape) for name, t in y.items()}
         size = (steps,) if self.learn_lr == "per_step" else ()
         return {"dynamics/log_lr_factor": torch.zeros(size)} if self.learn_lr else {}
+
+    def descend(self, x: Params, y: Params, direction: Params, lr: float | Tensor) -> Params:
+        """Returns ``y - lr direction``, lr times what is learnt for each parameter."""
+        if self.learn_lr == "per_parameter":
+            direction = {name: x[PER_PARAMETER + name].exp() * t for name, t in direction.items()}
+        return tree.axpy(-lr, direction, y)
 
     @override
     def linear_step(self) -> float | None:
@@ -48,14 +60,14 @@ class GradientDescent(Dynamics):
     @override
     def contraction(self, problem: BilevelProblem, x: Params, y: Params, t: int = 0) -> Params:
         lr = self.rate(x, 0)
-        return problem.prox(x, tree.axpy(-lr, problem.grad_g(x, y, t, track=True), y), lr)
+        return problem.prox(x, self.descend(x, y, problem.grad_g(x, y, t, track=True), lr), lr)
 
     @override
     def step(self, problem: BilevelProblem, x: Params, state: State, t: int, *, track: bool = False) -> State:
         y, *memory = state
         lr = self.rate(x, t)
         direction, memory = self.direction(x, problem.grad_g(x, y, t, track=track), memory, t)
-        return (problem.prox(x, tree.axpy(-lr, direction, y), lr), *memory)
+        return (problem.prox(x, self.descend(x, y, direction, lr), lr), *memory)
 
     def direction(self, x: Params, g_y: Params, memory: list[Params], t: int) -> tuple[Params, list[Params]]:
         """Returns the descent direction and the new memories."""
@@ -91,9 +103,9 @@ class Momentum(GradientDescent):
         return learnt_fraction(x, "momentum", self.momentum)
 
     @override
-    def learnable(self, steps: int) -> Params:
+    def learnable(self, steps: int, y: Params) -> Params:
         own = {"dynamics/logit_momentum": torch.zeros(())} if self.learn_momentum else {}
-        return {**super().learnable(steps), **own}
+        return {**super().learnable(steps, y), **own}
 
     @override
     def start(self, y: Params) -> State:
@@ -147,7 +159,37 @@ class HeavyBall(Momentum):
         y, change = state
         lr = self.rate(x, t)
         moved = tree.axpy(self.factor(x), change, y)
-        after = problem.prox(x, tree.axpy(-lr, problem.grad_g(x, y, t, track=track), moved), lr)
+        after = problem.prox(x, self.descend(x, moved, problem.grad_g(x, y, t, track=track), lr), lr)
+        return after, tree.axpy(-1.0, y, after)
+
+
+class Accelerated(GradientDescent):
+    r"""Nesterov's accelerated gradient for convex g, with a momentum that grows (FISTA).
+
+    ``y_{k+1} = prox(u_k - lr g_y(x, u_k))``, ``u_{k+1} = y_{k+1} + (t_k - 1) / t_{k+1} (y_{k+1} - y_k)``, u_0 = y_0, t_0 = 1,
+    ``t_{k+1} = (1 + sqrt(1 + 4 t_k^2)) / 2``.
+
+    Args:
+        lr: as in `GradientDescent`, at most 1 / L for a g with L-Lipschitz gradient.
+        learn_lr: as in `GradientDescent`.
+
+    References:
+        A. Beck, M. Teboulle. A Fast Iterative Shrinkage-Thresholding Algorithm for Linear Inverse Problems. SIAM Journal
+        on Imaging Sciences, 2009.
+    """
+
+    @override
+    def start(self, y: Params) -> State:
+        return (y, tree.zeros_like(y))
+
+    @override
+    def step(self, problem: BilevelProblem, x: Params, state: State, t: int, *, track: bool = False) -> State:
+        y, change = state
+        lr, before, now = self.rate(x, t), 1.0, 1.0
+        for _ in range(t):
+            before, now = now, (1 + (1 + 4 * now**2) ** 0.5) / 2
+        u = tree.axpy((before - 1) / now, change, y)
+        after = problem.prox(x, self.descend(x, u, problem.grad_g(x, u, t, track=track), lr), lr)
         return after, tree.axpy(-1.0, y, after)
 
 
@@ -185,10 +227,15 @@ class AggregatedDescent(GradientDescent):
         self.alpha = alpha if isinstance(alpha, Schedule) else fraction("AggregatedDescent.alpha", alpha)
 
     @override
+    def adaptation(self) -> Dynamics:
+        """Returns gradient descent on g alone: at test time f holds the labels to predict."""
+        return GradientDescent(self.lr, self.learn_lr)
+
+    @override
     def step(self, problem: BilevelProblem, x: Params, state: State, t: int, *, track: bool = False) -> State:
         (y,) = state
         alpha = at(self.alpha, t)
         lr = self.rate(x, t)
-        moved = tree.axpy(-(1 - alpha) * lr, problem.grad_g(x, y, t, track=track), y)
+        moved = self.descend(x, y, problem.grad_g(x, y, t, track=track), (1 - alpha) * lr)
         moved = tree.axpy(-alpha * self.upper_lr, problem.grad_f_y(x, y, track=track), moved)
         return (problem.prox(x, moved, (1 - alpha) * lr),)

@@ -66,8 +66,8 @@ class Anderson(FixedPoint):
         self.mixing = mixing
 
     @override
-    def learnable(self, steps: int) -> Params:
-        return self.map.learnable(steps)
+    def learnable(self, steps: int, y: Params) -> Params:
+        return self.map.learnable(steps, y)
 
     @override
     def linear_step(self) -> float | None:

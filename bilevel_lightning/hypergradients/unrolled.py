@@ -7,9 +7,11 @@ With y_0, the states s_{t+1} = Phi_t(x, s_t) and F(x) = f(x, y_T), the hypergrad
 for t = T-1 down to T-K. K = T is exact for F; K < T truncates the sum (T-RHG).
 """
 
+from collections.abc import Callable
 from typing import Literal, TypeAlias
 
 import torch
+from torch import Tensor
 
 from bilevel_lightning import tree
 from bilevel_lightning.dynamics import Dynamics, State
@@ -29,6 +31,7 @@ def reverse(
     truncation: int | None = None,
     memory: Memory | Literal["differences"] = "graph",
     radius: float = 0.01,
+    objective: Callable[[Params, list[Params]], Tensor] | None = None,
 ) -> tuple[Params, Params]:
     """Runs the lower dynamics and differentiates the upper loss at their end.
 
@@ -43,6 +46,7 @@ def reverse(
             ``recompute`` keeps K states and evaluates each gradient again; ``mixed`` does so forward over reverse;
             ``differences`` does without second derivatives.
         radius: of ``differences``.
+        objective: what to differentiate in place of f(x, y_T): a function of x and the last K iterates.
 
     Returns:
         dF/dx and y_T.
@@ -53,29 +57,49 @@ def reverse(
     for t in range(steps - kept):
         state = dynamics.step(problem, x, state, t)
     tracked = problem.tracked_by(memory, radius)
-    gradient, state, adjoint = differentiate(tracked, dynamics, x, state, range(steps - kept, steps), through_start)
+    last = range(steps - kept, steps)
+    gradient, state, adjoint = differentiate(tracked, dynamics, x, state, last, through_start, objective)
     if through_start:
         gradient = tree.axpy(1.0, problem.initial_vjp(x, adjoint), gradient)
     return gradient, state[0]
 
 
 def differentiate(
-    problem: BilevelProblem, dynamics: Dynamics, x: Params, state: State, steps: range, through_start: bool = False
+    problem: BilevelProblem,
+    dynamics: Dynamics,
+    x: Params,
+    state: State,
+    steps: range,
+    through_start: bool = False,
+    objective: Callable[[Params, list[Params]], Tensor] | None = None,
 ) -> tuple[Params, State, Params]:
     """Runs lower steps from ``state`` and differentiates f at their end by the problem's rule.
+
+    Args:
+        problem: the oracles.
+        dynamics: one lower step.
+        x: upper variables.
+        state: of the dynamics, at the start.
+        steps: numbers of the lower steps.
+        through_start: whether the gradient in y at the start is wanted.
+        objective: what to differentiate in place of f(x, y_T), from x and the iterates after each of the steps.
 
     Returns:
         The gradient in x, the state at the end, and with ``through_start`` the gradient in y at the start.
     """
     x, y = tree.leaf(x), tree.leaf(state[0]) if through_start else state[0]
     state = (y, *state[1:])
+    iterates = []
     for t in steps:
         state = dynamics.step(problem, x, state, t, track=True)
         problem.count("hessian_products", t)
         problem.count("cross_products", t)
+        if objective is not None:
+            iterates.append(state[0])
     problem.count("upper_gradients")
     with torch.enable_grad():
-        gradient, adjoint = tree.grad(problem.f(x, state[0]), x, y if through_start else {})
+        value = problem.f(x, state[0]) if objective is None else objective(x, iterates)
+        gradient, adjoint = tree.grad(value, x, y if through_start else {})
     return gradient, tuple(map(tree.detach, state)), adjoint
 
 

@@ -1,6 +1,25 @@
-"""Networks of the shipped tasks. All take images, shape ``(batch, channels, height, width)``, and return logits."""
+"""Networks of the shipped tasks: images, shape ``(batch, channels, height, width)``, to logits; bodies, heads, norms.
 
-from bilevel_lightning.models.convnet import ConvNet
-from bilevel_lightning.models.dense import LinearNet, MLPNet
+A body maps images to vectors of ``body.features`` numbers, which are maps of shape ``body.shape``; a head maps those to
+logits. A task can put them on different levels.
+"""
 
-__all__ = ["ConvNet", "LinearNet", "MLPNet"]
+from bilevel_lightning.models.convnet import ConvNet, ConvNetBody
+from bilevel_lightning.models.dense import LinearNet, MLPNet, RegressionMLP
+from bilevel_lightning.models.heads import ConvHead, LinearHead
+from bilevel_lightning.models.norm import PerStepBatchNorm2d, normalization
+from bilevel_lightning.models.resnet import ResNet12, ResNet12Body
+
+__all__ = [
+    "ConvHead",
+    "ConvNet",
+    "ConvNetBody",
+    "LinearHead",
+    "LinearNet",
+    "MLPNet",
+    "PerStepBatchNorm2d",
+    "RegressionMLP",
+    "ResNet12",
+    "ResNet12Body",
+    "normalization",
+]

@@ -1,9 +1,12 @@
-"""Dense networks on flattened images."""
+"""Dense networks: on flattened images, and for regression."""
 
+from itertools import pairwise
 from math import prod
 from typing import Literal
 
 from torch import nn
+
+from bilevel_lightning.errors import positive
 
 Activation = Literal["sigmoid", "relu", "none"]
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "relu": nn.ReLU, "none": nn.Identity}
@@ -40,3 +43,33 @@ class MLPNet(nn.Sequential):
     ) -> None:
         first, last = nn.Linear(prod(image_shape), hidden), nn.Linear(hidden, classes)
         super().__init__(nn.Flatten(), first, _ACTIVATIONS[activation](), last)
+
+
+class RegressionMLP(nn.Sequential):
+    """Linear layers with ReLU between them, in torch's default initialisation, for the sinusoid of few-shot learning.
+
+    Inputs have shape ``(batch, inputs)``, outputs ``(batch, outputs)``. MAML's own code draws the weights from a normal
+    distribution truncated at two standard deviations of 0.01, with zero biases.
+
+    Args:
+        inputs: number of inputs. Default 1.
+        outputs: number of outputs. Default 1.
+        hidden: units of each hidden layer. Default 40, 40, as in MAML: 1 761 parameters.
+
+    Raises:
+        BilevelError: if a size is not positive.
+
+    References:
+        Chelsea Finn, Pieter Abbeel, Sergey Levine. Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks.
+        ICML 2017.
+    """
+
+    def __init__(self, inputs: int = 1, outputs: int = 1, hidden: tuple[int, ...] = (40, 40)) -> None:
+        positive("RegressionMLP.inputs", inputs)
+        positive("RegressionMLP.outputs", outputs)
+        for units in hidden:
+            positive("RegressionMLP.hidden", units)
+        layers: list[nn.Module] = []
+        for before, units in pairwise((inputs, *hidden)):
+            layers += [nn.Linear(before, units), nn.ReLU()]
+        super().__init__(*layers, nn.Linear((inputs, *hidden)[-1], outputs))

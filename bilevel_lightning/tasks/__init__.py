@@ -1,5 +1,6 @@
 """The problems."""
 
+from bilevel_lightning.tasks.few_shot import FewShot, FewShotRegression
 from bilevel_lightning.tasks.hyper_cleaning import HyperCleaning
 from bilevel_lightning.tasks.numerical import (
     BDACounterExample,
@@ -16,6 +17,8 @@ from bilevel_lightning.tasks.numerical import (
 
 __all__ = [
     "BDACounterExample",
+    "FewShot",
+    "FewShotRegression",
     "GPBGDTrap",
     "GroupLasso",
     "HyperCleaning",

@@ -6,11 +6,11 @@ import inspect
 import pytest
 import torch
 from loops import fit
-from problems import Quadratic
+from problems import Quadratic, Vector
 from pytorch_lightning import Callback
 
 from bilevel_lightning import DARTS, GradientDescent, algorithms, linear_solvers, tree
-from bilevel_lightning.linear_solvers import FixedPointIteration, Neumann
+from bilevel_lightning.linear_solvers import ConjugateGradient, FixedPointIteration, Neumann
 from bilevel_lightning.problem import bind
 
 ALGORITHMS = [getattr(algorithms, name) for name in algorithms.__all__]
@@ -26,17 +26,40 @@ def prepared(algorithm, task, **settings):
     return module
 
 
+class Started(Quadratic):
+    """The quadratic whose lower level starts at further upper variables, y_0 = (first, rest)."""
+
+    persistent_lower = False
+
+    def __init__(self):
+        super().__init__()
+        x = {"x": self.upper.x.detach()}
+        self.upper = Vector(**x, **{name: 0.5 - t for name, t in tree.detach(tree.of(self.lower)).items()})
+
+    def initial_lower(self, upper):
+        return {name: upper[name] for name in ("first", "rest")}
+
+    def start(self):
+        return torch.cat([self.upper.first.flatten(), self.upper.rest]).detach()
+
+
+def suited(algorithm):
+    """A quadratic that the algorithm can solve."""
+    return Started() if algorithm.__name__ in STARTED else Quadratic()
+
+
 def hypergradient(module, x=None, y=None):
     """One `bilevel_step` at the module's variables."""
     x = tree.detach(module.upper_parameters()) if x is None else x
-    y = tree.detach(tree.of(module.hooks.lower)) if y is None else y
+    y = tree.detach(module.hooks.initial_lower(x)) if y is None else y
     problem, x, _ = bind(module.hooks, None, x, identity)
     return module.bilevel_step(problem, x, y)
 
 
 def settled(module, times):
     """The last of several iterations at a fixed x: for methods that solve the lower level across iterations."""
-    x, y = tree.detach(module.upper_parameters()), tree.detach(tree.of(module.hooks.lower))
+    x = tree.detach(module.upper_parameters())
+    y = tree.detach(module.hooks.initial_lower(x))
     for _ in range(times):
         problem, x, _ = bind(module.hooks, None, x, identity)
         step = module.bilevel_step(problem, x, y)
@@ -58,6 +81,7 @@ def one_step(task, x, y):
 # Settings, closed form (None: the exact hypergradient) and error, where they are not the defaults.
 LIMITS = {
     "TRHG": ({"truncation": 150}, None, 1e-10),
+    "IAPTTGM": ({"truncate": False}, None, 1e-10),  # the truncated gradient is in test_iapttgm_bda.py
     "AIDNeumann": ({"linear_solver": Neumann(150)}, None, 1e-10),
     "AIDFP": ({"linear_solver": FixedPointIteration(150)}, None, 1e-9),
     "Nystrom": ({"linear_solver": linear_solvers.Nystrom(6, damping=1e-8)}, None, 1e-6),
@@ -80,6 +104,53 @@ NEAR = {
 }
 
 
+def solved(task, x, y0):
+    """y* = A^-1 B x, and the hypergradient, in which the start has no part."""
+    return torch.linalg.solve(task.A, task.B @ x), task.hypergradient(x), torch.zeros_like(y0)
+
+
+def first_order(task, x, y0):
+    y = solved(task, x, y0)[0]
+    return y, task.rho * x, y - task.c
+
+
+def displacement(task, x, y0):
+    y = solved(task, x, y0)[0]
+    return y, torch.zeros_like(x), y0 - y
+
+
+def proximal(task, x, y0, s=0.8):
+    near = torch.linalg.inv(task.A + s * torch.eye(6, dtype=torch.float64))
+    y = near @ (task.B @ x + s * y0)
+    return y, task.rho * x + task.B.T @ near @ (y - task.c), s * near @ (y - task.c)
+
+
+# Methods whose lower level starts at upper variables: settings, and closed form of y, of the direction in x and in y_0.
+STARTED = {
+    "MAML": ({}, solved),
+    "FOMAML": ({}, first_order),
+    "ANIL": ({}, solved),
+    "MetaSGD": ({"dynamics": GradientDescent(0.4, learn_lr="per_parameter")}, solved),
+    "Reptile": ({}, displacement),
+    "IMAML": (
+        {"strength": 0.8, "dynamics": GradientDescent(0.35), "linear_solver": ConjugateGradient(20, 1e-14)},
+        proximal,
+    ),
+}
+
+
+@pytest.mark.parametrize("algorithm", [a for a in ALGORITHMS if a.__name__ in STARTED])
+def test_direction_tends_to_its_closed_form_where_the_start_is_learnt(algorithm):
+    settings, limit = STARTED[algorithm.__name__]
+    task = Started()
+    module = prepared(algorithm, task, **{"dynamics": GradientDescent(0.4), "lower_steps": 160, **settings})
+    step = hypergradient(module)
+    exact = limit(task, task.upper.x.detach(), task.start())
+    joined = lambda values: torch.cat([values["first"].flatten(), values["rest"]])
+    for found, want in zip((joined(step.lower), step.upper_grad["x"], joined(step.upper_grad)), exact, strict=True):
+        assert (found - want).norm() < 1e-10
+
+
 @pytest.mark.parametrize("algorithm", [a for a in ALGORITHMS if a.__name__ in NEAR])
 def test_first_order_direction_tends_to_the_hypergradient(algorithm):
     settings, times, tolerance = NEAR[algorithm.__name__]
@@ -92,7 +163,7 @@ def test_first_order_direction_tends_to_the_hypergradient(algorithm):
     assert relative(found, exact) < tolerance
 
 
-@pytest.mark.parametrize("algorithm", [a for a in ALGORITHMS if a.__name__ not in (*NEAR, "BOME")])
+@pytest.mark.parametrize("algorithm", [a for a in ALGORITHMS if a.__name__ not in (*NEAR, *STARTED, "BOME")])
 def test_hypergradient_tends_to_its_closed_form(algorithm):
     settings, limit, tolerance = LIMITS.get(algorithm.__name__, ({}, None, 1e-10))
     task = Quadratic()
@@ -107,7 +178,7 @@ def test_hypergradient_tends_to_its_closed_form(algorithm):
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_step_keeps_names_and_shapes_and_touches_nothing(algorithm):
-    module = prepared(algorithm, Quadratic())
+    module = prepared(algorithm, suited(algorithm))
     before = copy.deepcopy(module.state_dict())
     step = settled(module, 1)
     module.load_state_dict(before)  # what the iteration keeps is set by the loop, not by the step
@@ -139,7 +210,35 @@ class Gap(Callback):
         trainer.should_stop = self() < 1e-3
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+class Below(Callback):
+    """Training stops where the upper loss is small."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def on_train_batch_end(self, trainer, module, *args):
+        trainer.should_stop = trainer.callback_metrics["train/upper_loss"] < self.value
+
+
+@pytest.mark.parametrize("algorithm", [a for a in ALGORITHMS if a.__name__ in STARTED])
+def test_training_solves_the_quadratic_where_the_start_is_learnt(algorithm):
+    """With y_0 free, f(x, y_T) has its minimum 0 at x = 0, y_T = c; Reptile leaves x and goes to y*(x)."""
+    task, reptile = Started(), algorithm.__name__ == "Reptile"
+    x = task.upper.x.detach().clone()
+    settings = {} if reptile else {"upper_optimizer": lambda p: torch.optim.Adam(p, lr=0.05)}
+    if algorithm.__name__ == "FOMAML":
+        settings["dynamics"] = GradientDescent(0.1)  # with steps beyond 1 / L, d y_T / d y_0 is far from I
+    first = float(0.5 * (task.start() - task.c).square().sum())
+    stop = [] if reptile else [Below(1e-3 * first)]
+    run = fit(algorithm(task=task, upper_iterations=10, **settings), 100 if reptile else 700, callbacks=stop)
+    if reptile:
+        assert torch.equal(task.upper.x, x)
+        assert relative(task.start(), torch.linalg.solve(task.A, task.B @ x)) < 1e-10
+    else:
+        assert run.callback_metrics["train/upper_loss"] < 1e-3 * first
+
+
+@pytest.mark.parametrize("algorithm", [a for a in ALGORITHMS if a.__name__ not in STARTED])
 def test_training_with_default_settings_solves_the_quadratic(algorithm):
     """The relative gap falls below 1e-3 within 700 upper iterations, or the documented bias is what remains."""
     torch.manual_seed(0)

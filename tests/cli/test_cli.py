@@ -58,7 +58,7 @@ def of_task(task):
 
 
 def test_every_shipped_config_is_run_here():
-    assert sorted([*of_task("hyper_cleaning"), *of_task("numerical")]) == shipped_configs()
+    assert sorted([*of_task("few_shot"), *of_task("hyper_cleaning"), *of_task("numerical")]) == shipped_configs()
 
 
 @pytest.mark.parametrize("name", of_task("numerical"))
@@ -95,6 +95,33 @@ def test_shipped_cleaning_configs_run(name, tmp_path, monkeypatch):
     assert [row for row in rows if row["report/learnt_weights"]]
     assert list(folder.glob("events.out.tfevents.*"))
     assert (folder / "suspicious_images.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", of_task("few_shot"))
+def test_shipped_few_shot_configs_run(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("BILEVEL_DATA_DIR", str(tmp_path / "data"))
+    small = ["--data.queries=2", "--data.episodes_per_batch=2", "--data.val_episodes=2", "--data.test_episodes=4"]
+    if "omniglot" in name:
+        characters = [f"images_{part}/A{i}/character01" for part in ("background", "evaluation") for i in range(36)]
+        files.omniglot(tmp_path / "data", "hdf5", characters, drawings=7)
+        small += ["--data.split=random", "--data.split_sizes=[24,24,24]"]
+    elif "miniimagenet" in name:
+        files.mini_imagenet(tmp_path / "data" / "miniimagenet", "hdf5")
+    elif "tieredimagenet" in name:
+        files.tiered_imagenet(tmp_path / "data" / "tieredimagenet", "hdf5")
+    run("--config", name, *small, "--trainer.max_steps=2", "--trainer.log_every_n_steps=1", "--data.epoch_length=2")
+    folder = Path("runs") / name / "version_0"
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    measure = "mse" if "sinusoid" in name else "accuracy"
+    assert len([row for row in rows if row["train/upper_loss"]]) == 2
+    assert [row for row in rows if row[f"val/{measure}"]]
+    assert [row for row in rows if row[f"test/{measure}_ci95"]]  # the best checkpoint is tested at the end
+    assert (folder / "adaptation.png").stat().st_size > 1000
+    assert (folder / "episode.png").stat().st_size > 1000
+    out = " ".join(capsys.readouterr().out.split())
+    assert "queries of a class" in out
+    assert "batch normalisation" in out
 
 
 @pytest.mark.parametrize("name", shipped_configs())

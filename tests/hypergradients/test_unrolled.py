@@ -20,7 +20,7 @@ DYNAMICS = {
 
 
 def setup(task, dynamics):
-    learnable = {name: t.double() for name, t in dynamics.learnable(12).items()}
+    learnable = {name: t.double() for name, t in dynamics.learnable(12, {}).items()}
     problem, x, _ = bind(task, None, {**tree.detach(tree.of(task.upper)), **learnable}, lambda v: v)
     return problem, x, tree.detach(tree.of(task.lower))
 
@@ -74,7 +74,7 @@ def test_finite_differences(dynamics):
             column[i] = (objective({**x, name: value + shift}) - objective({**x, name: value - shift})) / 2e-5
         differences[name] = column.view_as(value)
     assert relative(gradient, differences) < 1e-6
-    if dynamics.learnable(12):
+    if dynamics.learnable(12, {}):
         assert gradient["dynamics/log_lr_factor"].abs() > 1e-6
 
 

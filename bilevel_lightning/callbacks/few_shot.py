@@ -1,0 +1,195 @@
+"""What a person sees of few-shot learning: episodes with predictions, accuracy step by step, and the final numbers."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from matplotlib.figure import Figure
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from typing_extensions import override
+
+from bilevel_lightning.errors import positive
+from bilevel_lightning.problem import split
+
+RED, BLUE, GREY = "#c1272d", "#0072b2", "#777777"
+
+
+class _Figures(Callback):
+    """Draws from the first validation batch after each validation; the last figure is also written as a PNG."""
+
+    name: str
+
+    def __init__(self) -> None:
+        self.batch: Any = None
+
+    def figure(self, module: Any, batch: Any) -> Figure:
+        """Returns the figure of a validation batch."""
+        raise NotImplementedError
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if batch_idx == 0:
+            self.batch = batch
+
+    @override
+    @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.batch is None or trainer.sanity_checking or not trainer.loggers:
+            return
+        with pl_module._aside(), torch.inference_mode(False), torch.enable_grad():  # type: ignore[operator]
+            figure = self.figure(pl_module, apply_to_collection(self.batch, Tensor, torch.clone))
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_figure(self.name, figure, trainer.global_step)
+        if trainer.log_dir is not None:
+            Path(trainer.log_dir).mkdir(parents=True, exist_ok=True)
+            figure.savefig(Path(trainer.log_dir) / f"{self.name}.png", dpi=120)
+
+
+class AdaptationCurve(_Figures):
+    """The task's measure on queries after each lower step, over the episodes of the first validation batch."""
+
+    name = "adaptation"
+
+    @override
+    def figure(self, module: Any, batch: Any) -> Figure:
+        task, curves = module.hooks, []
+        for episode in task.episodes(batch):
+            problem, x, path = module.solved(episode)
+            with torch.no_grad():
+                curves.append([float(problem.evaluate("metrics", x, y)[task.measure]) for y in path])
+        values = torch.tensor(curves)
+        figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+        axis, steps = figure.subplots(), range(values.shape[1])
+        axis.plot(steps, values.T, color=GREY, alpha=0.35, linewidth=0.8)
+        axis.plot(steps, values.mean(0), color=BLUE, marker="o", linewidth=2, label=f"mean of {len(values)} episodes")
+        axis.set_xlabel("lower step")
+        axis.set_ylabel(f"{task.measure} on queries")
+        axis.set_title(f"Adaptation after {module.global_step} upper iterations", size=10)
+        axis.legend(frameon=False)
+        axis.grid(alpha=0.3)
+        return figure
+
+
+class EpisodeFigure(_Figures):
+    """An episode: support images with their labels, and queries with predictions; wrong ones in red with a cross.
+
+    Args:
+        queries: how many queries of each class are shown. Default 5.
+    """
+
+    name = "episode"
+
+    def __init__(self, queries: int = 5) -> None:
+        super().__init__()
+        self.queries = int(positive("EpisodeFigure.queries", queries))
+
+    @override
+    def figure(self, module: Any, batch: Any) -> Figure:
+        episode = module.hooks.episodes(batch)[0]
+        problem, x, path = module.solved(episode)
+        *_, y = path
+        with torch.no_grad():
+            predicted = problem.evaluate("predict", x, y)["predicted"]
+        (images, labels), (queries, targets) = split(episode)
+        ways = int(labels.max()) + 1
+        rows = []
+        for label in range(ways):
+            row: list[Any] = [(images[i], f"{label}", "black") for i in (labels == label).nonzero().flatten()[:1]]
+            for i in (targets == label).nonzero().flatten()[: self.queries]:
+                right = int(predicted[i]) == label
+                row.append((queries[i], f"{int(predicted[i])}" + ("" if right else " ✗"), "black" if right else RED))
+            rows.append(row)
+        columns = max(map(len, rows))
+        figure = Figure(figsize=(1.15 * columns + 0.4, 1.25 * ways + 0.6), layout="constrained")
+        figure.suptitle(f"Label | predictions after {module.global_step} upper iterations", size=10)
+        for axes, row in zip(figure.subplots(ways, columns, squeeze=False), rows, strict=True):
+            for axis, cell in zip(axes, [*row, *[None] * (columns - len(row))], strict=True):
+                axis.axis("off")
+                if cell is not None:
+                    image = cell[0].float().cpu()
+                    image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-6)
+                    axis.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray_r", vmin=0, vmax=1)
+                    axis.set_title(cell[1], size=9, color=cell[2])
+        return figure
+
+
+class RegressionFigure(_Figures):
+    """An episode of regression on one input: the points, the function, and the network before and after adapting."""
+
+    name = "episode"
+
+    @override
+    def figure(self, module: Any, batch: Any) -> Figure:
+        episode = module.hooks.episodes(batch)[0]
+        problem, x, path = module.solved(episode)
+        iterates = list(path)
+        (inputs, targets), (queries, answers) = split(episode)
+        order = queries[:, 0].argsort().cpu()
+        figure = Figure(figsize=(5.5, 3.6), layout="constrained")
+        axis = figure.subplots()
+        axis.plot(queries[:, 0].cpu()[order], answers[:, 0].cpu()[order], color="black", label="queries", marker=".")
+        for y, label, style in ((iterates[0], "before", ":"), (iterates[-1], f"after {len(iterates) - 1} steps", "-")):
+            with torch.no_grad():
+                values = problem.evaluate("predict", x, y)["predicted"].cpu()
+            axis.plot(queries[:, 0].cpu()[order], values[order], style, color=BLUE, label=label)
+        axis.scatter(inputs[:, 0].cpu(), targets[:, 0].cpu(), color=RED, zorder=3, label="support")
+        axis.set_xlabel("input")
+        axis.set_ylabel("output")
+        axis.set_title(f"An episode after {module.global_step} upper iterations", size=10)
+        axis.legend(frameon=False)
+        axis.grid(alpha=0.3)
+        return figure
+
+
+class FewShotReport(Callback):
+    """The table of a test or validation: the measure with its 95 % interval, and the protocol it holds for."""
+
+    @override
+    @rank_zero_only
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.show(trainer, pl_module, "test")
+
+    @override
+    @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self.show(trainer, pl_module, "val")
+
+    def show(self, trainer: Trainer, module: Any, stage: str) -> None:
+        """Prints the table."""
+        task, data, found = module.hooks, getattr(trainer, "datamodule", None), trainer.callback_metrics
+        measure, scale, unit = task.measure, *((100.0, " %") if task.measure == "accuracy" else (1.0, ""))
+        if f"{stage}/{measure}" not in found:
+            return
+        value, interval = (float(found.get(f"{stage}/{measure}{end}", float("nan"))) for end in ("", "_ci95"))
+        table = Table(title=f"{stage} episodes, {type(module).__name__}", show_header=False)
+        table.add_row(measure, f"{scale * value:.2f} ± {scale * interval:.2f}{unit} (95 % interval)")
+        if f"{stage}/{measure}_before" in found:
+            table.add_row("before adapting", f"{scale * float(found[f'{stage}/{measure}_before']):.2f}{unit}")
+        episodes = getattr(data, f"{stage}_episodes", None)
+        for name, entry in (
+            ("episodes", episodes),
+            ("ways, shots", None if data is None else f"{getattr(data, 'ways', '?')}, {getattr(data, 'shots', '?')}"),
+            ("queries of a class", getattr(data, "queries", None)),
+            ("lower steps", module.evaluation_steps),
+            ("batch normalisation", task.normalization),
+            ("upper iterations", trainer.global_step or None),
+        ):
+            if entry is not None:
+                table.add_row(name, str(entry))
+        Console().print(table)
