@@ -3,8 +3,8 @@
     python benchmarks/few_shot.py [--case maml|head|loading] [--episodes 16] [--rounds 5]
 
 Seconds are CPU seconds on one thread (wall-clock seconds on a GPU, synchronised), medians over rounds in which all rows
-take turns; ratios are medians of each round's. Hypergradients of rows that should be equal are compared. Images are random
-numbers in Omniglot's shape, 5 ways, 1 shot, 15 queries, except for `loading`, which reads Omniglot.
+take turns; ratios are medians of each round's. Hypergradients of rows that should be equal are compared. Images are
+random numbers in Omniglot's shape, 5 ways, 1 shot, 15 queries, except for `loading`, which reads Omniglot.
 """
 
 import argparse
@@ -272,7 +272,8 @@ def loading(episodes: int, rounds: int, device: torch.device) -> None:
         seconds.append(clock(device) - start)
     share = median(w / (w + s) for w, s in zip(waiting, seconds, strict=True))
     print(
-        f"loading: {1e3 * median(waiting):.1f} ms a batch of {episodes} episodes, {100 * share:.2f} % of an iteration of ANIL"
+        f"loading: {1e3 * median(waiting):.1f} ms a batch of {episodes} episodes, "
+        f"{100 * share:.2f} % of an iteration of ANIL"
     )
 
 

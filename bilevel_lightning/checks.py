@@ -90,21 +90,22 @@ def check_losses(problem: BilevelProblem, x: Params, y: Params) -> None:
 
 
 def diagnose(problem: BilevelProblem, x: Params, y: Params) -> Params:
-    """Returns what is logged of the state after an upper iteration: both losses and ``|g_y|``, each for each episode."""
+    """Returns what is logged after an upper iteration: both losses and ``|g_y|``, one value for each episode."""
     y = tree.leaf(y)
+    with torch.no_grad():
+        upper_loss = problem.each_f(x, y)
     with torch.enable_grad():
         lower_loss = problem.each_g(x, y)
         gradient = tree.grad(lower_loss.sum(), y)[0]
         if problem.nonsmooth is not None:
             lower_loss = lower_loss + problem.nonsmooth(x, y)
     first = 0 if problem.episodes is None else 1
-    norms = torch.stack([torch.linalg.vector_norm(t.flatten(first), dim=-1) for t in gradient.values()])
-    with torch.no_grad():
-        return {
-            "train/upper_loss": problem.each_f(x, y),
-            "train/lower_loss": lower_loss.detach(),
-            "train/stationarity": torch.linalg.vector_norm(norms, dim=0),
-        }
+    norms = torch.stack([torch.linalg.vector_norm(t.reshape(*t.shape[:first], -1), dim=-1) for t in gradient.values()])
+    return {
+        "train/upper_loss": upper_loss,
+        "train/lower_loss": lower_loss.detach(),
+        "train/stationarity": torch.linalg.vector_norm(norms, dim=0).detach(),
+    }
 
 
 def plain(value: Any) -> bool:

@@ -40,8 +40,9 @@ def hypergradient(
         ``dynamics/...`` for learnt settings of the dynamics.
 
     Raises:
-        BilevelError: if the method is unknown or its direction is no hypergradient (VPBGD, GPBGD, BOME, BVFSM, MEHA, which
-            move x and y together; Reptile; IMAML, whose lower problem is another), a setting is impossible, or x or y is missing beside two functions.
+        BilevelError: if the method is unknown or its direction is no hypergradient (VPBGD, GPBGD, BOME, BVFSM, MEHA,
+            which move x and y together; Reptile; IMAML, whose lower problem is another), a setting is impossible, or x
+            or y is missing beside two functions.
     """
     if isinstance(method, str):
         found = {name.lower(): name for name in algorithms.__all__}

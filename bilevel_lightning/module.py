@@ -138,11 +138,9 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         self.upper_clip_norm = upper_clip_norm
         self.dynamics, self.lower_steps, self.warm_start = dynamics, lower_steps, warm_start
         self.upper_iterations = int(positive("upper_iterations", upper_iterations))
-        if episodes_at_once is not None and int(positive("episodes_at_once", episodes_at_once)) > 1:
-            if not self.side_by_side:
-                raise BilevelError(
-                    f"{type(self).__name__} solves one episode after the other: leave episodes_at_once out."
-                )
+        several = episodes_at_once is not None and int(positive("episodes_at_once", episodes_at_once)) > 1
+        if several and not self.side_by_side:
+            raise BilevelError(f"{type(self).__name__} solves one episode after the other: leave episodes_at_once out.")
         self.episodes_at_once = episodes_at_once
         self.evaluation_steps = lower_steps if evaluation_steps is None else evaluation_steps
         if self.evaluation_steps < 0:
@@ -323,9 +321,9 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         gradient = mean_over_processes(tree.mean([s.upper_grad for s in steps], [n or 1 for _, n in groups]))
         norm = tree.norm(gradient)
         self._guard("The hypergradient", norm, self.upper_rates)
-        for step in steps:
-            if not callable(step.lower):
-                self._guard("y", tree.norm(step.lower), self.lower_rates)
+        sizes = [tree.norm(step.lower) for step in steps if not callable(step.lower)]
+        if sizes:  # the same on all processes, so that all of them stop
+            self._guard("y", mean_over_processes({"": torch.stack(sizes).mean()})[""], self.lower_rates)
         self._step_upper(gradient, norm)
         lowers = [
             self._follow(s.lower, e, counts) if callable(s.lower) else s.lower
@@ -507,7 +505,7 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         with torch.no_grad():
             found = {"upper_loss": problem.each_f(x, y), **problem.evaluate("metrics", x, y)}
             if y is not start:
-                before = problem.evaluate("metrics", x, start)
+                before = problem.evaluate("metrics", x, start, 0)
                 found.update({f"{name}_before": value for name, value in before.items()})
         return found
 

@@ -76,7 +76,7 @@ class BilevelProblem:
         evaluate: Callable[[str, Params, Params], Any] = lambda method, x, y: {},
         enter: Callable[[int], None] | None = None,
     ) -> None:
-        self._f, self.episodes, self.evaluate = f, episodes, evaluate
+        self._f, self.episodes, self._evaluate = f, episodes, evaluate
         self._enter, self._last = enter, [-1]
         self._g = [g] if callable(g) else list(g)
         self.nonsmooth = nonsmooth
@@ -108,8 +108,8 @@ class BilevelProblem:
 
         def blended(g: Loss) -> Loss:
             def loss(x: Params, y: Params) -> Tensor:
-                terms = [] if upper == 0 else [upper * self.f(x, y)]
-                terms += [g(x, y) if lower == 1 else lower * g(x, y)] if lower else []
+                terms = [g(x, y) if lower == 1 else lower * g(x, y)] if lower else []
+                terms += [] if upper == 0 else [upper * self.f(x, y)]
                 if weight:
                     away = y if center is None else tree.axpy(-1.0, center, y)
                     terms.append(0.5 * weight * tree.dot(away, away))
@@ -132,22 +132,34 @@ class BilevelProblem:
         self.counts[oracle] += times
         self.counts["samples"] += times * (upper if t is None else lower[t % len(lower)])
 
-    def each_f(self, x: Params, y: Params) -> Tensor:
-        """Returns the upper loss, of shape ``(episodes,)`` where there are several side by side."""
-        if self._enter is not None:
-            self._enter(self._last[0] + 1)
+    def each_f(self, x: Params, y: Params, steps: int | None = None) -> Tensor:
+        """Returns the upper loss, of shape ``(episodes,)`` where there are several side by side.
+
+        ``steps``: how many lower steps are taken, for `Bilevel.at_lower_step`; default: all so far.
+        """
+        self.enter(steps)
         return self._f(x, y)
 
+    def enter(self, steps: int | None = None) -> None:
+        """Calls `Bilevel.at_lower_step` for what is evaluated after ``steps`` lower steps; default: all so far."""
+        if self._enter is not None:
+            self._enter(self._last[0] + 1 if steps is None else steps)
+
     def each_g(self, x: Params, y: Params, t: int = 0) -> Tensor:
-        """Returns the lower loss on the minibatch of lower step ``t``, of shape ``(episodes,)`` where there are several."""
+        """Returns the lower loss on the minibatch of lower step ``t``, one value for each episode side by side."""
         if self._enter is not None:
             self._enter(t)
-            self._last[0] = t
+            self._last[0] = max(self._last[0], t)
         return self._g[t % len(self._g)](x, y)
 
-    def f(self, x: Params, y: Params) -> Tensor:
+    def evaluate(self, method: str, x: Params, y: Params, steps: int | None = None) -> Any:
+        """Calls a method of the task, such as ``metrics``, on the whole batch, for each episode side by side."""
+        self.enter(steps)
+        return self._evaluate(method, x, y)
+
+    def f(self, x: Params, y: Params, steps: int | None = None) -> Tensor:
         """Returns the upper loss, the sum over episodes side by side."""
-        value = self.each_f(x, y)
+        value = self.each_f(x, y, steps)
         return value if self.episodes is None else value.sum()
 
     def g(self, x: Params, y: Params, t: int = 0) -> Tensor:
@@ -182,7 +194,8 @@ class BilevelProblem:
 
     def grad_f_y(self, x: Params, y: Params, *, track: bool = False) -> Params:
         """Returns f_y; with ``track`` as a differentiable function of the given x and y."""
-        return self._gradient(self.f, partial(self.count, "upper_gradients"), x, y, track)
+        f = partial(self.f, steps=self._last[0] + 1)  # fixed, since its graph may be built again later
+        return self._gradient(f, partial(self.count, "upper_gradients"), x, y, track)
 
     def grad_g(self, x: Params, y: Params, t: int = 0, *, track: bool = False) -> Params:
         """Returns g_y at lower step ``t``; with ``track`` as a differentiable function of the given x and y."""
@@ -326,11 +339,7 @@ class Functional:
                 places.setdefault(id(p), []).append((module._parameters, name))
         self._upper = {name: places[id(p)] for name, p in tree.of(task.upper).items()}
         self._lower = {name: places[id(p)] for name, p in tree.of(task.lower).items()}
-        self._statistics = (
-            []
-            if advance
-            else [(layer._buffers, name, t) for _, layer in running_norms(task) for name, t in layer.named_buffers()]
-        )
+        self._statistics = [] if advance else [layer.__dict__ for _, layer in running_norms(task)]
 
     def at(self, x: Params, y: Params, method: str, *args: Any) -> Any:
         """Returns ``task.method(*args)`` at (x, y)."""
@@ -341,9 +350,9 @@ class Functional:
                     for owner, key in level.get(name, ()):
                         before.append((owner, key, owner[key]))
                         owner[key] = t
-            for buffers, key, t in self._statistics:
-                before.append((buffers, key, t))
-                buffers[key] = t.clone()
+            for settings in self._statistics:  # in training mode the batch's statistics are used either way
+                before.append((settings, "track_running_stats", True))
+                settings["track_running_stats"] = False
             return getattr(self.task, method)(*args)
         finally:
             for owner, key, value in reversed(before):

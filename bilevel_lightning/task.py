@@ -60,7 +60,9 @@ class Bilevel:
     def at_lower_step(self, t: int) -> None:
         """Called before g is evaluated for lower step ``t``, and with the number of steps taken before f is.
 
-        For layers that differ from step to step, such as the batch normalisation of MAML++; default: nothing.
+        For layers that differ from step to step, such as the batch normalisation of MAML++. Where f is evaluated at
+        several iterates after all steps were taken (MAML's ``multi_step``, IAPTT-GM), it is called with their number T.
+        Default: nothing.
         """
 
     def prepare(self, batch: Any) -> Any:

@@ -95,7 +95,7 @@ class BilevelCLI(LightningCLI):
         """Tests episodic tasks, once, with the checkpoint that was best on validation episodes, or else the last y."""
         trainer, model = self.trainer, self.model
         quick = getattr(trainer, "fast_dev_run", False) or trainer.barebones
-        if model.hooks.persistent_lower or trainer.interrupted or quick:  # type: ignore[union-attr]
+        if model.hooks.persistent_lower or trainer.interrupted or quick:
             return
         chosen: Any = trainer.checkpoint_callback
         best = "best" if getattr(chosen, "monitor", None) and chosen.best_model_path else None

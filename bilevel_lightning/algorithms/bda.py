@@ -13,9 +13,9 @@ class BDA(RHG):
 
     Where g has many minimisers, the share of f leads to the one that f prefers. With alpha decreasing to zero, as by
     default and in the paper, y still comes to rest in argmin g; with a fixed alpha, as in the released torch code, it
-    does not: on the scalar problem f = ((x-1)^2 + y^2)/2, g = y^2/2 - xy the limit of x is 1/(1 + (1-alpha)^2 (1-q)),
-    not 1/2, q = (1 - lr)^T (tests/algorithms/test_iapttgm_bda.py). At validation and test, where f would show the labels
-    to predict, y descends g alone.
+    does not: on the scalar problem f = ((x-1)^2 + y^2)/2, g = y^2/2 - xy, with lr = upper_lr, the limit of x is
+    1/(1 + (1-alpha)^2 (1-q)), q = (1 - lr)^T, not 1/2 (tests/algorithms/test_iapttgm_bda.py). At validation and test,
+    where f would show the labels to predict, y descends g alone.
 
     Args:
         dynamics: the steps, with ``lr``, ``upper_lr`` and ``alpha``. Default 0.1, 0.1 and 0.5 / (1 + t).

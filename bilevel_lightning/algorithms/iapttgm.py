@@ -30,17 +30,20 @@ class IAPTTGM(BilevelModule):
     y is y_K. Logged besides: ``train/truncation``, the mean of k*.
 
     Args:
-        auxiliary: learn z; False: y_0 is the y of the beginning, or the last one with ``warm_start``. Default True.
+        auxiliary: learn z; False: y_0 is the task's y_0(x), or the y of the beginning, or the last one with
+            ``warm_start``. Default True.
         truncate: choose k*; False: k* = K. Default True. With both off, this is `RHG`.
         auxiliary_lr: step size of the upper optimizer for z. Default: that for x.
         two_pass: run the K steps once without a graph to find k*, then k* steps again with one: memory of k* steps, at
             most k*/K more time, equal results. Default False: one pass, with the memory of K steps.
         memory: how the steps' derivatives are kept, as in `RHG`. Default ``graph``.
         warm_start: only without ``auxiliary``. Default False.
-        **kwargs: settings of `BilevelModule`; the paper's accelerated steps for a convex g are ``dynamics: Accelerated``.
+        **kwargs: settings of `BilevelModule`; the paper's accelerated steps for convex g are ``dynamics: Accelerated``.
+
+    A batch of several starts of a numerical problem is one lower problem here, with one k*.
 
     Raises:
-        BilevelError: if ``warm_start`` or ``auxiliary_lr`` contradicts ``auxiliary``.
+        BilevelError: if ``warm_start`` or ``auxiliary_lr`` contradicts ``auxiliary`` or the task.
 
     References:
         R. Liu, Y. Liu, S. Zeng, J. Zhang. Towards Gradient-based Bilevel Optimization with Non-convex Followers and
@@ -93,6 +96,8 @@ class IAPTTGM(BilevelModule):
         if self.auxiliary_lr is None:
             return super().upper_groups()
         x = self.upper_parameters()
+        if not auxiliary(x):
+            raise BilevelError("auxiliary_lr has no meaning where the task gives y_0(x): leave it out.")
         z = [p for name, p in x.items() if name.startswith(AUXILIARY)]
         rest = [p for name, p in x.items() if not name.startswith(AUXILIARY)]
         return [{"params": rest}, {"params": z, "lr": self.auxiliary_lr}]
@@ -120,7 +125,7 @@ class IAPTTGM(BilevelModule):
             chosen, last = worst(x, iterates), state[0]
             steps = int(chosen.max()) + 1
         z = {name for name in x if name.startswith(AUXILIARY)}
-        through = bool(z) or (self.auxiliary and problem.start_depends_on_x)
+        through = bool(z) or problem.start_depends_on_x
         tracked, start = problem.tracked_by(self.memory), self.dynamics.start(y)
         gradient, state, adjoint = differentiate(tracked, self.dynamics, x, start, range(steps), through, objective)
         if z:

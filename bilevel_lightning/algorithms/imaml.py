@@ -71,6 +71,11 @@ class IMAML(BilevelModule):
                 "IMAML learns y_0(x): define initial_lower with persistent_lower = False, or use FewShot with start "
                 "'learned'."
             )
+        if problem.constrained or self.dynamics.rest != "minimum":
+            raise BilevelError(
+                "IMAML needs an unconstrained lower level and dynamics that rest where it is least: use MAML, or "
+                "GradientDescent as dynamics."
+            )
         near = self.proximal(problem, y)
         solved = self.solve_lower(near, x, y)
         gradient, solution = implicit(near, self.dynamics, x, solved, self.linear_solver, t=self.lower_steps)

@@ -25,8 +25,8 @@ class MAML(RHG):
     min_x mean over episodes of f(x, y_T(x)), y_0 = y_0(x), y_{t+1} = Phi_t(y_t).
 
     Two options of MAML++ (Antoniou, Edwards, Storkey. How to Train Your MAML. ICLR 2019): step sizes learnt for each
-    step (``dynamics: GradientDescent``, ``learn_lr: per_step``), and the loss over all steps, sum_t w_t f(x, y_t), whose
-    weights go from 1/T each linearly to nearly all on the last (0.03/T remain to the others).
+    step (``dynamics: GradientDescent``, ``learn_lr: per_step``), and the loss over all steps, sum_t w_t f(x, y_t),
+    whose weights go from 1/T each linearly to nearly all on the last (0.03/T remain to the others).
 
     Args:
         multi_step: number of upper iterations over which the weights go to the last step; 0 (default): f(x, y_T) alone.
@@ -123,12 +123,15 @@ class ANIL(MAML):
 class MetaSGD(MAML):
     r"""Meta-SGD: `MAML` with a learnt step size for each entry of y.
 
-    ``y <- y - lr exp(theta) * g_y`` entry by entry, theta = 0 at first. The paper's step sizes may also become negative;
-    these stay positive.
+    ``y <- y - lr exp(theta) * g_y`` entry by entry, theta = 0 at first. The paper's step sizes may also become
+    negative; these stay positive.
 
     Args:
         dynamics: default gradient descent from step size 0.1 with ``learn_lr: per_parameter``.
         **kwargs: settings of `MAML`.
+
+    Raises:
+        BilevelError: if dynamics does not learn them.
 
     References:
         Z. Li, F. Zhou, F. Chen, H. Li. Meta-SGD: Learning to Learn Quickly for Few-Shot Learning. arXiv 2017.
@@ -141,3 +144,7 @@ class MetaSGD(MAML):
         **kwargs: Any,
     ) -> None:
         super().__init__(dynamics=dynamics, **kwargs)
+        if dynamics.learn_lr != "per_parameter":
+            raise BilevelError(
+                "MetaSGD learns a step size for each parameter: set learn_lr to per_parameter, or use MAML."
+            )

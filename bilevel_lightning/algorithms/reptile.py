@@ -19,7 +19,7 @@ class Reptile(BilevelModule):
 
     1. y_0 = y_0(x), y_{t+1} = Phi_t(y_t), t = 0..T-1.
     2. Direction (d y_0 / d x)^T (y_0 - y_T), averaged over episodes; with SGD of step size eps,
-       x <- x + eps (mean y_T - x) where y_0 = x.
+       x <- x + eps (mean y_T - x) where y_0 = x. Variables of x that are no part of y_0 do not move.
 
     Args:
         upper_optimizer: default SGD with step size 1, which sets x to the mean of y_T.

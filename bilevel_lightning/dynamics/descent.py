@@ -35,7 +35,7 @@ class GradientDescent(Dynamics):
     def rate(self, x: Params, t: int) -> float | Tensor:
         """Returns the step size at lower step ``t``, without what is learnt for each parameter."""
         lr = at(self.lr, t)
-        if "dynamics/log_lr_factor" not in x:
+        if not self.learn_lr or "dynamics/log_lr_factor" not in x:
             return lr
         theta = x["dynamics/log_lr_factor"]
         return lr * (theta[min(t, len(theta) - 1)] if theta.ndim else theta).exp()
@@ -166,16 +166,16 @@ class HeavyBall(Momentum):
 class Accelerated(GradientDescent):
     r"""Nesterov's accelerated gradient for convex g, with a momentum that grows (FISTA).
 
-    ``y_{k+1} = prox(u_k - lr g_y(x, u_k))``, ``u_{k+1} = y_{k+1} + (t_k - 1) / t_{k+1} (y_{k+1} - y_k)``, u_0 = y_0, t_0 = 1,
-    ``t_{k+1} = (1 + sqrt(1 + 4 t_k^2)) / 2``.
+    ``y_{k+1} = prox(u_k - lr g_y(x, u_k))``, ``u_{k+1} = y_{k+1} + (t_k - 1) / t_{k+1} (y_{k+1} - y_k)``, with u_0 = y_0
+    and t_0 = 1, ``t_{k+1} = (1 + sqrt(1 + 4 t_k^2)) / 2``.
 
     Args:
         lr: as in `GradientDescent`, at most 1 / L for a g with L-Lipschitz gradient.
         learn_lr: as in `GradientDescent`.
 
     References:
-        A. Beck, M. Teboulle. A Fast Iterative Shrinkage-Thresholding Algorithm for Linear Inverse Problems. SIAM Journal
-        on Imaging Sciences, 2009.
+        A. Beck, M. Teboulle. A Fast Iterative Shrinkage-Thresholding Algorithm for Linear Inverse Problems. SIAM
+        Journal on Imaging Sciences, 2009.
     """
 
     @override
@@ -202,7 +202,7 @@ class AggregatedDescent(GradientDescent):
     Args:
         lr: step size on g, or a schedule. Default 0.1.
         upper_lr: step size on f. Default 0.1.
-        alpha: share of f in (0, 1), or a schedule over the lower steps. Default 0.5 / (1 + t).
+        alpha: share of f in (0, 1), or a schedule over the lower steps. None (default): 0.5 / (1 + t).
         learn_lr: as in `GradientDescent`, for ``lr``.
 
     Raises:
@@ -219,11 +219,12 @@ class AggregatedDescent(GradientDescent):
         self,
         lr: float | Schedule = 0.1,
         upper_lr: float = 0.1,
-        alpha: float | Schedule = InverseTime(0.5, 1.0),  # noqa: B008 (a value: it has no state)
+        alpha: float | Schedule | None = None,
         learn_lr: Learn = False,
     ) -> None:
         super().__init__(lr, learn_lr)
         self.upper_lr = positive("AggregatedDescent.upper_lr", upper_lr)
+        alpha = InverseTime(0.5, 1.0) if alpha is None else alpha
         self.alpha = alpha if isinstance(alpha, Schedule) else fraction("AggregatedDescent.alpha", alpha)
 
     @override

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from torch.nn.modules.batchnorm import _NormBase
 from typing_extensions import override
 
+from bilevel_lightning import tree
 from bilevel_lightning.callbacks.few_shot import AdaptationCurve, EpisodeFigure, FewShotReport, RegressionFigure
 from bilevel_lightning.errors import BilevelError
 from bilevel_lightning.models import PerStepBatchNorm2d
@@ -78,6 +79,13 @@ class FewShot(BilevelTask):
         epsilon: float = 0.1,
     ) -> None:
         super().__init__()
+        for name, value, choices in (
+            ("adapt", adapt, (None, "head", "all")),
+            ("start", start, ("learned", "fixed")),
+            ("regularizer", regularizer, ("none", "ridge", "distance", "p_norm")),
+        ):
+            if value not in choices:
+                raise BilevelError(f"{type(self).__name__}.{name} must be one of {choices}, got {value!r}.")
         adapt = adapt or ("all" if head is None else "head")
         if adapt == "head" and head is None:
             raise BilevelError(f"{type(self).__name__}.adapt 'head' needs a head: give one, or adapt 'all'.")
@@ -99,13 +107,14 @@ class FewShot(BilevelTask):
             self.upper, self.lower = nn.ModuleDict({"body": body}), parts["head"]
         self.regularizer, self.regularization = regularizer, regularization
         self.exponent, self.epsilon = exponent, epsilon
+        self.adapted = [*tree.of(self.lower)]  # not frozen
 
     @override
     def initial_lower(self, upper: Params) -> Params:
         if self.start == "fixed":
             return super().initial_lower(upper)
         prefix = "" if self.adapt == "all" else "head."
-        return {name: upper[prefix + name] for name, _ in self.lower.named_parameters()}
+        return {name: upper[prefix + name] for name in self.adapted}
 
     @override
     def episodes(self, batch: dict[str, Part]) -> list[dict[str, Part]]:
@@ -146,12 +155,15 @@ class FewShot(BilevelTask):
         loss = self.loss(self.output(batch[0]), batch[1])
         if self.regularizer == "none":
             return loss
-        y: Params = dict(self.lower.named_parameters())
+        y: Params = {name: t for name, t in self.lower.named_parameters() if name in self.adapted}
         if self.regularizer == "distance":
             start = self.initial_lower(dict(self.upper.named_parameters()))
             y = {name: t - start[name] for name, t in y.items()}
         if self.regularizer == "p_norm":
-            norms = [torch.linalg.vector_norm(t) + self.epsilon * t.numel() ** 0.5 for t in y.values()]
+            # the root of what is not 0, so that second derivatives at w = 0 are 0 and not NaN
+            squares = [(s := t.square().sum(), s > 0) for t in y.values()]
+            roots = [torch.where(inside, s, 1.0).sqrt() * inside for s, inside in squares]
+            norms = [n + self.epsilon * t.numel() ** 0.5 for n, t in zip(roots, y.values(), strict=True)]
             terms = [n ** (self.exponent / 2) for n in norms]
         else:
             terms = [t.square().sum() for t in y.values()]
@@ -173,7 +185,7 @@ class FewShot(BilevelTask):
         """How the network's normalisation layers get their statistics, for reports."""
         found = {
             ("per_step" if isinstance(m, PerStepBatchNorm2d) else "frozen") if m.track_running_stats else "transductive"
-            for m in self.upper.modules()
+            for m in self.modules()
             if isinstance(m, _NormBase)
         }
         return ", ".join(sorted(found)) or "no batch normalisation"

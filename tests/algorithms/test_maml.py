@@ -293,9 +293,6 @@ def train_nothing(module, batches):
     return record.evaluated
 
 
-@pytest.mark.xfail(
-    reason="IMAML's formula is that of an unconstrained minimum, and nothing refuses another", strict=True
-)
 @pytest.mark.parametrize("case", ["projection", "aggregated"])
 def test_imaml_refuses_what_its_formula_does_not_cover(case):
     class Boxed(Proximal):
@@ -431,12 +428,9 @@ def test_episodes_of_different_shapes():
         gradient(make(3), images(3))
 
 
-BATCHED = pytest.mark.xfail(reason="vmap cannot update running statistics, which are dropped anyway", strict=True)
-
-
 @pytest.mark.parametrize(
     "norm",
-    ["group", "transductive", "none", pytest.param("frozen", marks=BATCHED), pytest.param("per_step", marks=BATCHED)],
+    ["group", "transductive", "none", "frozen", "per_step"],
 )
 def test_every_normalisation_side_by_side(norm):
     make = lambda n: MAML(
@@ -461,7 +455,6 @@ def wide():
     return ConvNetBody((1, 8, 8), width=8, blocks=2, norm="group").double()
 
 
-@pytest.mark.xfail(reason="diagnose flattens from dimension 1, which such a parameter has not", strict=True)
 def test_a_scalar_parameter_side_by_side():
     class Scaled(nn.Linear):
         def __init__(self, n):
@@ -554,14 +547,12 @@ def test_iapttgm_on_episodes_is_its_definition(start, at_once, two_pass):
     assert float(record.logs[0]["train/truncation"]) == pytest.approx(sum(chosen) / 5 + 1, abs=1e-12)
 
 
-@pytest.mark.xfail(reason="auxiliary off cuts the derivative through y_0(x), which RHG has", strict=True)
 def test_iapttgm_without_its_two_parts_is_unrolling_where_the_start_is_learned():
     batch, settings = images(2), {"dynamics": GradientDescent(0.3), "lower_steps": 3}
     found = gradient(IAPTTGM(task=task("head"), auxiliary=False, truncate=False, **settings), batch)
     close(found, gradient(RHG(task=task("head"), **settings), batch))
 
 
-@pytest.mark.xfail(reason="auxiliary_lr is ignored where the task's start is learned", strict=True)
 def test_auxiliary_step_size_without_an_auxiliary_variable():
     with pytest.raises(BilevelError):
         gradient(IAPTTGM(task=task("head"), auxiliary_lr=0.1), images(2))

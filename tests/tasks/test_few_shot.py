@@ -140,7 +140,6 @@ def test_gradient_with_regularisers(name):
     close(gradient(module, batch), exact)
 
 
-@pytest.mark.xfail(reason="the second derivative of the norm at zero is NaN", strict=True)
 def test_p_norm_at_a_head_of_zeros():
     """The norm has no derivative there; what is computed must be finite."""
     part = body()
@@ -170,14 +169,12 @@ def test_impossible_settings(settings, message):
 
 
 @pytest.mark.parametrize("setting", ["adapt", "start", "regularizer"])
-@pytest.mark.xfail(reason="misspelt choices are taken for another one", strict=True)
 def test_misspelt_choices(setting):
     part = body()
     with pytest.raises(BilevelError, match=setting):
         FewShot(part, head(part.features), **{setting: "nonsense"})
 
 
-@pytest.mark.xfail(reason="initial_lower looks up frozen parameters among the trainable ones", strict=True)
 def test_a_frozen_layer_of_the_network():
     part = body()
     for p in part[0].parameters():
@@ -359,9 +356,6 @@ def test_evaluation_without_steps():
         MAML(task=task(), evaluation_steps=-1)
 
 
-@pytest.mark.xfail(
-    reason="a learnt factor of the training step size multiplies another evaluation step size", strict=True
-)
 def test_evaluation_dynamics_have_the_step_size_that_is_given():
     module = MAML(
         task=task(),
@@ -529,23 +523,18 @@ def convolutional_head(**structure):
     return FewShot(part.double(), ConvHead(part.shape, WAYS, width=4, norm="per_step", steps=6).double(), **structure)
 
 
-@pytest.mark.xfail(
-    reason="f is entered with the step after the last evaluated one, which recomputing changes", strict=True
-)
 def test_memory_makes_no_difference_for_aggregated_steps_with_normalisation_of_each_step():
     settings = {"dynamics": AggregatedDescent(0.2, 0.2, 0.3), "lower_steps": 4}
     found = [per_step_gradient(BDA, {"start": "fixed"}, memory=m, **settings) for m in ("graph", "recompute")]
     close(found[1], found[0])
 
 
-@pytest.mark.xfail(reason="the second pass ends at k*, and f is entered with the step after it", strict=True)
 def test_two_passes_are_one_with_normalisation_of_each_step():
     settings = {"dynamics": GradientDescent(1.5), "lower_steps": 5}
     found = [per_step_gradient(IAPTTGM, {"start": "fixed"}, two_pass=two, **settings) for two in (False, True)]
     close(found[1], found[0])
 
 
-@pytest.mark.xfail(reason="predict, figures and `before` do not enter the step of the y they are given", strict=True)
 def test_prediction_and_validation_agree_with_normalisation_of_each_step():
     module = MAML(task=per_step_start(task(norm="per_step", steps=3)), dynamics=GradientDescent(0.4), lower_steps=2)
     entered = hook_of_steps(module.task)
@@ -553,7 +542,6 @@ def test_prediction_and_validation_agree_with_normalisation_of_each_step():
     assert entered[-1] == 2
 
 
-@pytest.mark.xfail(reason="`before` is evaluated with the normalisation of the last step", strict=True)
 def test_before_has_the_normalisation_of_step_zero():
     module = MAML(task=per_step_start(task(norm="per_step", steps=3)), dynamics=GradientDescent(0.4), lower_steps=2)
     entered = hook_of_steps(module.task)
@@ -563,7 +551,6 @@ def test_before_has_the_normalisation_of_step_zero():
     assert sorted(at) == [0, 2]
 
 
-@pytest.mark.xfail(reason="the losses that are logged are entered with steps 0 and 1", strict=True)
 def test_logged_upper_loss_is_that_of_the_step():
     part = per_step_start(task(norm="per_step", steps=4))
     batch = images(1)
@@ -585,7 +572,6 @@ def test_normalisation_is_reported(adapt):
     assert task(adapt, norm="none").normalization == "no batch normalisation"
 
 
-@pytest.mark.xfail(reason="only the upper level is looked at", strict=True)
 def test_normalisation_of_a_fixed_head_is_reported():
     assert "per_step" in convolutional_head(start="fixed").normalization
 
