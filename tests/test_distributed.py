@@ -1,3 +1,4 @@
+import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -40,3 +41,42 @@ def test_the_command_line_on_two_processes(tmp_path, batches):
     for name, value in states[0].items():
         assert value.dtype in (torch.float64, torch.int64)
         torch.testing.assert_close(states[1][name], value, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["MAML", "IAPTTGM"])
+def test_episodes_on_two_processes(tmp_path, model):
+    """Two processes of 2 episodes are one of 4: the same weights, the same mean and interval of all test episodes."""
+    command = [
+        sys.executable, "-m", "bilevel_lightning", "--config", "few_shot/sinusoid_maml", "--model", model,
+        "--data.val_episodes=6", "--data.test_episodes=8", "--data.epoch_length=2", "--trainer.max_steps=4",
+        "--trainer.log_every_n_steps=1", "--trainer.accelerator=cpu", "--trainer.precision=64-true",
+        "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
+    ]  # fmt: skip
+    states, rows = [], []
+    for name, extra in (
+        ("one", ["--trainer.devices=1", "--data.episodes_per_batch=4", "--model.episodes_at_once=4"]),
+        (
+            "two",
+            [
+                "--trainer.devices=2", "--trainer.strategy=ddp", "--data.episodes_per_batch=2",
+                "--model.episodes_at_once=1",
+            ],
+        ),
+    ):  # fmt: skip
+        done = subprocess.run(
+            [*command, *extra, f"--trainer.default_root_dir={name}"],
+            cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        (path,) = (tmp_path / name).rglob("*.ckpt")
+        states.append(torch.load(path, weights_only=True)["state_dict"])
+        (metrics,) = (tmp_path / name).rglob("metrics.csv")
+        with metrics.open() as file:
+            rows.append(list(csv.DictReader(file)))
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-10, atol=1e-12)
+    for key in ("train/upper_loss", "train/hypergradient_norm", "val/mse", "val/mse_ci95", "test/mse", "test/mse_ci95"):
+        one, two = ([float(row[key]) for row in found if row[key]] for found in rows)
+        assert len(one) > 0
+        assert two == pytest.approx(one, rel=1e-5), key

@@ -144,7 +144,7 @@ class MetaSGD(MAML):
         **kwargs: Any,
     ) -> None:
         super().__init__(dynamics=dynamics, **kwargs)
-        if dynamics.learn_lr != "per_parameter":
+        if getattr(dynamics, "learn_lr", False) != "per_parameter":
             raise BilevelError(
                 "MetaSGD learns a step size for each parameter: set learn_lr to per_parameter, or use MAML."
             )

@@ -166,8 +166,8 @@ class HeavyBall(Momentum):
 class Accelerated(GradientDescent):
     r"""Nesterov's accelerated gradient for convex g, with a momentum that grows (FISTA).
 
-    ``y_{k+1} = prox(u_k - lr g_y(x, u_k))``, ``u_{k+1} = y_{k+1} + (t_k - 1) / t_{k+1} (y_{k+1} - y_k)``, with u_0 = y_0
-    and t_0 = 1, ``t_{k+1} = (1 + sqrt(1 + 4 t_k^2)) / 2``.
+    ``y_{k+1} = prox(u_k - lr g_y(x, u_k))``, ``u_{k+1} = y_{k+1} + (t_k - 1) / t_{k+1} (y_{k+1} - y_k)``; u_0 = y_0,
+    t_0 = 1, ``t_{k+1} = (1 + sqrt(1 + 4 t_k^2)) / 2``.
 
     Args:
         lr: as in `GradientDescent`, at most 1 / L for a g with L-Lipschitz gradient.
