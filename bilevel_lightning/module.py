@@ -377,8 +377,14 @@ class BilevelModule(LightningModule, Bilevel, ABC):
 
     def _count(self, counts: Counter[str]) -> None:
         """Adds to the oracles evaluated so far."""
-        samples = total_over_processes(counts["samples"], self.device)
-        numbers = [samples if name == "samples" else counts[name] for name in ORACLES]
+        apart = () if self.hooks.persistent_lower else ORACLES  # processes with their own episodes add up
+        totals = {
+            name: total_over_processes(counts[name], self.device)
+            if name == "samples" or name in apart
+            else counts[name]
+            for name in ORACLES
+        }
+        numbers = [*totals.values()]
         self.oracles += torch.tensor(numbers, device=self.oracles.device)
 
     def _guard(self, name: str, norm: Tensor, rates: str) -> None:

@@ -46,18 +46,18 @@ class _Figures(Callback):
             self.batch = batch
 
     @override
-    @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.batch is None or trainer.sanity_checking or not trainer.loggers:
+        folder = trainer.log_dir  # all processes agree on it
+        if not trainer.is_global_zero or self.batch is None or trainer.sanity_checking or not trainer.loggers:
             return
         with pl_module._aside(), torch.inference_mode(False), torch.enable_grad():  # type: ignore[operator]
             figure = self.figure(pl_module, apply_to_collection(self.batch, Tensor, torch.clone))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_figure(self.name, figure, trainer.global_step)
-        if trainer.log_dir is not None:
-            Path(trainer.log_dir).mkdir(parents=True, exist_ok=True)
-            figure.savefig(Path(trainer.log_dir) / f"{self.name}.png", dpi=120)
+        if folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            figure.savefig(Path(folder) / f"{self.name}.png", dpi=120)
 
 
 class AdaptationCurve(_Figures):
