@@ -1,6 +1,6 @@
 """Few-shot learning beside its peers: MAML through a ConvNet-4, head-only adaptation, episodes side by side, loading.
 
-    python benchmarks/few_shot.py [--case maml|head|loading] [--episodes 16] [--rounds 5]
+    python benchmarks/few_shot.py [--case maml|head|sinusoid|loading] [--episodes 16] [--rounds 5]
 
 Seconds are CPU seconds on one thread (wall-clock seconds on a GPU, synchronised), medians over rounds in which all rows
 take turns; ratios are medians of each round's. Hypergradients of rows that should be equal are compared. Images are
@@ -22,8 +22,9 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.functional import cross_entropy
 
 from bilevel_lightning import ANIL, IAPTTGM, MAML, BilevelModule, GradientDescent, tree
-from bilevel_lightning.models import ConvNetBody, LinearHead
-from bilevel_lightning.tasks import FewShot
+from bilevel_lightning.datamodules import Omniglot, Sinusoid
+from bilevel_lightning.models import ConvNetBody, LinearHead, RegressionMLP
+from bilevel_lightning.tasks import FewShot, FewShotRegression
 from bilevel_lightning.tree import Params
 
 with warnings.catch_warnings():
@@ -66,7 +67,7 @@ def show(title: str, seconds: dict[str, list[float]]) -> None:
     first = next(iter(seconds.values()))
     for name, values in seconds.items():
         ratio = median(v / f for v, f in zip(values, first, strict=True))
-        print(f"| {name} | {median(values):.3f} | {ratio:.2f} |")
+        print(f"| {name} | {median(values):.4f} | {ratio:.2f} |")
 
 
 def data(episodes: int, device: torch.device) -> Batch:
@@ -86,9 +87,17 @@ def network() -> tuple[ConvNetBody, LinearHead]:
     return body, LinearHead(64, WAYS)
 
 
-def ours(algorithm: type[BilevelModule], adapt: Any, batch: Batch, steps: int, at_once: int, **settings: Any) -> Row:
-    """Returns the mean hypergradient through this package."""
-    task = FewShot(*network(), adapt=adapt)
+def ours(
+    algorithm: type[BilevelModule],
+    adapt: Any,
+    batch: Batch,
+    steps: int,
+    at_once: int,
+    task: FewShot | None = None,
+    **settings: Any,
+) -> Row:
+    """Returns the mean hypergradient through this package; default task: the ConvNet-4."""
+    task = task or FewShot(*network(), adapt=adapt)
     module = algorithm(
         task=task, dynamics=GradientDescent(LR), lower_steps=steps, episodes_at_once=at_once, **settings
     ).to(batch["support"][0].device)
@@ -254,10 +263,24 @@ def head(episodes: int, rounds: int, device: torch.device) -> None:
     show(f"ANIL, head of a ConvNet-4, {episodes} episodes, 10 lower steps", measure(rows, device, rounds))
 
 
+def sinusoid(episodes: int, rounds: int, device: torch.device) -> None:
+    """MAML on the network of the sinusoids, 5 points and 10 queries, one lower step."""
+    datamodule = Sinusoid(queries=10)
+    datamodule.setup("fit")
+    batch = {
+        name: (x.to(device), y.to(device)) for name, (x, y) in datamodule.episodes["train"].batch(range(25)).items()
+    }
+    torch.manual_seed(0)
+    network = RegressionMLP()
+    rows = {
+        name: ours(MAML, "all", batch, 1, at_once, task=FewShotRegression(network))
+        for name, at_once in (("**MAML**, one after the other", 1), ("**MAML**, side by side", 25))
+    }
+    show("MAML, sinusoid, MLP 1-40-40-1, 25 episodes, 1 lower step", measure(rows, device, rounds))
+
+
 def loading(episodes: int, rounds: int, device: torch.device) -> None:
     """The share of a training run that waits for data."""
-    from bilevel_lightning.datamodules import Omniglot
-
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     datamodule = Omniglot(episodes_per_batch=episodes, queries=QUERIES)
     datamodule.setup("fit")
@@ -280,7 +303,7 @@ def loading(episodes: int, rounds: int, device: torch.device) -> None:
 def main() -> None:
     """Runs the cases."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cases = {"maml": maml, "head": head, "loading": loading}
+    cases = {"maml": maml, "head": head, "sinusoid": sinusoid, "loading": loading}
     parser.add_argument("--case", choices=[*cases], help="default: all")
     parser.add_argument("--episodes", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)

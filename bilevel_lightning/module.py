@@ -87,7 +87,8 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             time and memory (docs/few_shot.md); for algorithms that treat them independently. Default: one after the
             other on a CPU, all on other devices.
         evaluation_steps: lower steps at validation and test, where y is solved for each episode. Default lower_steps.
-        evaluation_dynamics: one lower step there. Default ``dynamics``, or what it is without the upper loss.
+        evaluation_dynamics: one lower step there, without its share of the upper loss if it has one. Default
+            ``dynamics``.
         compile: record the whole hypergradient, derivatives included, at the first batch and run it compiled; for
             batches of equal shapes, one process, losses without random numbers, and algorithms that do not branch on
             values. It can be several times faster for small problems, after minutes of compiling that grow with
@@ -145,7 +146,13 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         self.evaluation_steps = lower_steps if evaluation_steps is None else evaluation_steps
         if self.evaluation_steps < 0:
             raise BilevelError(f"evaluation_steps must not be negative, got {evaluation_steps}.")
-        self.evaluation_dynamics = evaluation_dynamics or dynamics.adaptation()
+        self.evaluation_dynamics = (evaluation_dynamics or dynamics).adaptation()
+        episodic = {
+            "episodes_at_once": episodes_at_once,
+            "evaluation_steps": evaluation_steps,
+            "evaluation_dynamics": evaluation_dynamics,
+        }
+        self.episodic = [name for name, value in episodic.items() if value is not None]
         self.learnable = nn.ParameterDict()
         self.cold_start: State | None = None
         self.states = nn.ModuleDict()
@@ -203,6 +210,10 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             return self.cold_start.get()
         return tree.detach(self.hooks.initial_lower(own(x)))
 
+    def upper_groups(self) -> Iterable[Any]:
+        """Returns what the upper optimizer is made for: the parameters x, or groups of them with their settings."""
+        return self.upper_parameters().values()
+
     def project_added(self) -> None:
         """Projects the upper variables of `added_upper` after the upper step; default: nothing."""
 
@@ -241,6 +252,11 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         if self._checked is not None:
             return
         x, y = check_levels(self.hooks)
+        if self.hooks.persistent_lower and self.episodic:
+            raise BilevelError(
+                f"{', '.join(self.episodic)}: these settings are for tasks whose y is solved for each episode, and "
+                "here one y persists: leave them out, or set persistent_lower = False."
+            )
         like = next(iter(x.values()))
         for name, value in self.added_upper(tree.detach(self.hooks.initial_lower(x))).items():
             self.learnable[name.replace(".", ":")] = nn.Parameter(value.detach().clone().to(like))
@@ -279,10 +295,6 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         if isinstance(optimizer, torch.optim.LBFGS):
             raise BilevelError("upper_optimizer LBFGS needs a closure, which a hypergradient has not; use SGD or Adam.")
         return [optimizer], [] if self.upper_scheduler is None else [self.upper_scheduler(optimizer)]
-
-    def upper_groups(self) -> Iterable[Any]:
-        """Returns what the upper optimizer is made for: the parameters x, or groups of them with their settings."""
-        return self.upper_parameters().values()
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -354,8 +366,7 @@ class BilevelModule(LightningModule, Bilevel, ABC):
 
     def _starts(self, x: Params, number: int | None) -> Params:
         """Returns y_0, repeated for episodes side by side."""
-        y = self.start_lower(x)
-        return y if number is None else {name: t.expand(number, *t.shape) for name, t in y.items()}
+        return tree.repeat(self.start_lower(x), number)
 
     def _bind(self, episode: Any, x: Params, number: int | None = None) -> tuple[BilevelProblem, Params, Operator]:
         return bind(self.hooks, episode, x, mean_over_processes, agree, number)
@@ -543,7 +554,7 @@ class BilevelModule(LightningModule, Bilevel, ABC):
                 with torch.no_grad():
                     columns = problem.evaluate("predict", x, y)
                 number = torch.full_like(next(iter(columns.values())), i, dtype=torch.long)
-                found.append({"episode": number, **columns})
+                found.append({"batch": torch.full_like(number, batch_idx), "episode": number, **columns})
         return {name: torch.cat([columns[name] for columns in found]) for name in found[0]}
 
     @override

@@ -173,10 +173,6 @@ class BilevelProblem:
         with torch.no_grad():
             return self._reduce({"": self.each_f(x, y)})[""]
 
-    def for_each(self, y: Params) -> Params:
-        """Returns y repeated for the episodes side by side; differentiable, without copies."""
-        return y if self.episodes is None else {n: t.expand(self.episodes, *t.shape) for n, t in y.items()}
-
     def grad_f(self, x: Params, y: Params) -> tuple[Params, Params]:
         """Returns (f_x, f_y)."""
         self.count("upper_gradients")
@@ -305,9 +301,16 @@ class BilevelProblem:
         return evaluate(x, y)
 
     def initial(self, x: Params) -> Params:
-        """Returns y_0(x), where the start of the lower level depends on x."""
+        """Returns y_0(x), where the start of the lower level depends on x.
+
+        Raises:
+            BilevelError: if it does not.
+        """
         if self._initial is None:
-            raise BilevelError("The start of this problem's lower level does not depend on x.")
+            raise BilevelError(
+                "This algorithm learns y_0(x), and here y_0 does not depend on x: define initial_lower with "
+                "persistent_lower = False, or use FewShot with start 'learned'."
+            )
         return self._initial(x)
 
     def initial_vjp(self, x: Params, v: Params) -> Params:
@@ -488,8 +491,7 @@ def bind(
         return found
 
     def initial(x: Params) -> Params:
-        y = task.initial_lower(own(x))
-        return y if episodes is None else {n: t.expand(episodes, *t.shape) for n, t in y.items()}
+        return tree.repeat(task.initial_lower(own(x)), episodes)
 
     lower, upper = split(batch)
     number = partial(size, dim=0 if episodes is None else 1)

@@ -58,11 +58,16 @@ def mean(trees: Sequence[Params], weights: Sequence[float] | None = None) -> Par
     if len(trees) == 1:
         return trees[0]
     weights = [1.0] * len(trees) if weights is None else weights
-    shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    total = sum(weights)
     return {
-        name: torch.tensordot(shares.to(t), torch.stack([tree[name] for tree in trees]), dims=1)
-        for name, t in trees[0].items()
+        name: torch.stack([w / total * tree[name] for w, tree in zip(weights, trees, strict=True)]).sum(0)
+        for name in trees[0]
     }
+
+
+def repeat(tree: Params, number: int | None) -> Params:
+    """Returns the tree ``number`` times along a new leading dimension, without copies; None: as it is."""
+    return tree if number is None else {name: t.expand(number, *t.shape) for name, t in tree.items()}
 
 
 @torch.no_grad()

@@ -1,5 +1,7 @@
 """Regression of sine waves: episodes without files."""
 
+from typing import Any
+
 import numpy as np
 from typing_extensions import override
 
@@ -38,39 +40,14 @@ class Sinusoid(EpisodicDataModule):
 
     Args:
         shots: support points K. Default 5.
-        queries: query points. Default 15.
         episodes_per_batch: as in `EpisodicDataModule`. Default 25, as in the paper's code.
-        epoch_length: as in `EpisodicDataModule`.
-        val_episodes: as in `EpisodicDataModule`.
-        test_episodes: as in `EpisodicDataModule`.
-        num_workers: as in `EpisodicDataModule`.
-        seed: as in `EpisodicDataModule`.
+        **settings: of `EpisodicDataModule`, but for ``ways``.
     """
 
     image_shape = (1,)
 
-    def __init__(
-        self,
-        shots: int = 5,
-        queries: int = 15,
-        episodes_per_batch: int = 25,
-        epoch_length: int = 100,
-        val_episodes: int = 200,
-        test_episodes: int = 600,
-        num_workers: int = 0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(
-            ways=1,
-            shots=shots,
-            queries=queries,
-            episodes_per_batch=episodes_per_batch,
-            epoch_length=epoch_length,
-            val_episodes=val_episodes,
-            test_episodes=test_episodes,
-            num_workers=num_workers,
-            seed=seed,
-        )
+    def __init__(self, shots: int = 5, episodes_per_batch: int = 25, **settings: Any) -> None:
+        super().__init__(ways=1, shots=shots, episodes_per_batch=episodes_per_batch, **settings)
 
     @override
     def split_episodes(self, split: Split) -> SinusoidEpisodes:

@@ -10,6 +10,7 @@ from bilevel_lightning import (
     RHG,
     TRHG,
     Adam,
+    AggregatedDescent,
     BilevelError,
     BilevelTask,
     FixedPoint,
@@ -320,3 +321,18 @@ def test_attention_in_the_lower_loss_is_told_once(caplog):
     with caplog.at_level("INFO"):
         fit(RHG(task=Nonlinear(), lower_steps=2), 3)
     assert not [r for r in caplog.records if "attention" in r.getMessage()]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"evaluation_steps": 3}, {"evaluation_dynamics": GradientDescent(0.1)}, {"episodes_at_once": 2}],
+)
+def test_settings_of_episodes_are_refused_where_one_y_persists(setting):
+    module = RHG(task=Quadratic(), **setting)
+    with pytest.raises(BilevelError, match=rf"{next(iter(setting))}: these settings are for tasks whose y is solved"):
+        module.configure_model()
+
+
+def test_evaluation_dynamics_never_see_the_upper_loss():
+    module = RHG(task=Quadratic(), evaluation_dynamics=AggregatedDescent(0.3, 0.2, 0.5))
+    assert type(module.evaluation_dynamics) is GradientDescent

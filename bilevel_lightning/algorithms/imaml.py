@@ -66,11 +66,7 @@ class IMAML(BilevelModule):
 
     @override
     def bilevel_step(self, problem: BilevelProblem, x: Params, y: Params) -> Step:
-        if not problem.start_depends_on_x:
-            raise BilevelError(
-                "IMAML learns y_0(x): define initial_lower with persistent_lower = False, or use FewShot with start "
-                "'learned'."
-            )
+        problem.initial(x)  # raises where there is none to learn
         if problem.constrained or self.dynamics.rest != "minimum":
             raise BilevelError(
                 "IMAML needs an unconstrained lower level and dynamics that rest where it is least: use MAML, or "

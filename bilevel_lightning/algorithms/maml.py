@@ -66,11 +66,7 @@ class MAML(RHG):
 
     @override
     def bilevel_step(self, problem: BilevelProblem, x: Params, y: Params) -> Step:
-        if not problem.start_depends_on_x:
-            raise BilevelError(
-                f"{type(self).__name__} learns y_0(x): define initial_lower with persistent_lower = False, or use "
-                "FewShot with start 'learned'."
-            )
+        problem.initial(x)  # raises where there is none to learn
         if not self.multi_step:
             return super().bilevel_step(problem, x, y)
         weights = self.weights(self.global_step)

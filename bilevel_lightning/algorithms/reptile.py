@@ -8,7 +8,6 @@ from typing_extensions import override
 
 from bilevel_lightning import tree
 from bilevel_lightning.dynamics import Dynamics, GradientDescent
-from bilevel_lightning.errors import BilevelError
 from bilevel_lightning.module import BilevelModule, Step
 from bilevel_lightning.problem import BilevelProblem
 from bilevel_lightning.tree import Params
@@ -49,10 +48,6 @@ class Reptile(BilevelModule):
 
     @override
     def bilevel_step(self, problem: BilevelProblem, x: Params, y: Params) -> Step:
-        if not problem.start_depends_on_x:
-            raise BilevelError(
-                "Reptile learns y_0(x): define initial_lower with persistent_lower = False, or use FewShot with start "
-                "'learned'."
-            )
+        problem.initial(x)  # raises where there is none to learn
         end = self.solve_lower(problem, x, y)
         return Step(problem.initial_vjp(x, tree.axpy(-1.0, end, y)), end)

@@ -1,5 +1,6 @@
 """What a person sees of few-shot learning: episodes with predictions, accuracy step by step, and the final numbers."""
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from bilevel_lightning.problem import split
 RED, BLUE, GREY = "#c1272d", "#0072b2", "#777777"
 
 
-class _Figures(Callback):
+class _Figures(Callback, ABC):
     """Draws from the first validation batch after each validation; the last figure is also written as a PNG."""
 
     name: str
@@ -28,9 +29,9 @@ class _Figures(Callback):
     def __init__(self) -> None:
         self.batch: Any = None
 
+    @abstractmethod
     def figure(self, module: Any, batch: Any) -> Figure:
         """Returns the figure of a validation batch."""
-        raise NotImplementedError
 
     @override
     def on_validation_batch_end(

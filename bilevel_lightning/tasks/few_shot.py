@@ -197,17 +197,18 @@ class FewShot(BilevelTask):
         if ways is None or shape is None:
             return
         like = next(self.upper.parameters())
+        training = self.training
         try:
             with torch.no_grad(), torch.random.fork_rng([]):
-                training = self.training
                 batch = self.eval().prepare({"support": (torch.zeros(2, *shape).to(like), torch.zeros(2))})
                 out = self.output(batch["support"][0])
-                self.train(training)
         except RuntimeError as error:
             raise BilevelError(
                 f"The network does not accept images of shape {tuple(shape)} ({error}): set body.image_shape and the "
                 "head's features."
             ) from error
+        finally:
+            self.train(training)
         if tuple(out.shape) != (2, self.outputs(ways)):
             raise BilevelError(
                 f"The network returns shape {tuple(out.shape[1:])} for an image and the data have {ways} ways: set "

@@ -234,7 +234,7 @@ def test_keys_of_torchmeta_are_the_same():
 def test_prediction_has_episode_label_and_class():
     module, batch = MAML(task=task(), dynamics=GradientDescent(0.3), lower_steps=2), images(3)
     (found,) = trainer(1).predict(module, Given([batch]))
-    assert set(found) == {"episode", "label", "predicted"}
+    assert set(found) == {"batch", "episode", "label", "predicted"}
     number = batch["query"][1].shape[1]
     assert found["episode"].tolist() == [e for e in range(3) for _ in range(number)]
     assert found["label"].tolist() == batch["query"][1].flatten().tolist()
@@ -249,7 +249,7 @@ def test_prediction_of_a_regression():
     torch.manual_seed(0)
     module = MAML(task=FewShotRegression(RegressionMLP(hidden=(5,)).double()), lower_steps=2)
     (found,) = trainer(1).predict(module, Given([curves(2)]))
-    assert set(found) == {"episode", "target", "predicted"}
+    assert set(found) == {"batch", "episode", "target", "predicted"}
     assert torch.equal(found["target"], curves(2)["query"][1].flatten())
     assert found["predicted"].shape == found["target"].shape
 
