@@ -25,7 +25,7 @@ from bilevel_lightning.errors import BilevelError, Diverged
 from bilevel_lightning.module import ORACLES
 from bilevel_lightning.search import Results, Space, Unusable, open_study, shipped_spaces, work
 from bilevel_lightning.search.space import arguments
-from bilevel_lightning.search.study import PRUNERS, SAMPLERS, folder, origin
+from bilevel_lightning.search.study import PRUNERS, SAMPLERS, folder, origin, shown
 
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.devices=1"]
 # Where and on what a trial runs, which may differ between the workers of one study.
@@ -61,11 +61,6 @@ class Watch(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.world_size > 1:
-            raise Unusable(
-                f"Each trial runs in one process, and here are {trainer.world_size}: set trainer.devices=1, and start "
-                "one worker for each device (docs/search.md)."
-            )
         trainer.loggers = [*trainer.loggers, self.last]
         self.trial.set_user_attr("folder", trainer.log_dir)
 
@@ -158,7 +153,13 @@ class TrialCLI(BilevelCLI):
 
     @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        return super()._instantiate_trainer(config, [*callbacks, self.watch])  # type: ignore[list-item]
+        trainer = super()._instantiate_trainer(config, [*callbacks, self.watch])  # type: ignore[list-item]
+        if trainer.world_size > 1:
+            raise Unusable(
+                f"Each trial runs in one process, and here are {trainer.world_size}: set trainer.devices=1, and start "
+                "one worker for each device (docs/search.md)."
+            )
+        return trainer
 
 
 class Search:
@@ -321,7 +322,7 @@ def search(args: list[str] | None = None) -> None:
         study = open_study(
             this.name, url, this.space.direction, this.description, given.sampler, given.pruner, given.seed
         )
-        say(f"Study {this.name} in {url}; trials and results: {this.folder}")
+        say(f"Study {this.name} in {shown(url)}; trials and results: {this.folder}")
         work(
             study, given.trials, this.run, given.grace, ended, lambda n: say(f"waiting for {n} trials of other workers")
         )
@@ -329,7 +330,7 @@ def search(args: list[str] | None = None) -> None:
         say("Interrupted; the same command goes on.")
         sys.exit(130)
     except (BilevelError, ArgumentError) as error:
-        print(f"bilevel-search: error: {explain(error)}", file=sys.stderr)  # noqa: T201
+        print(f"bilevel-search: error: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
     results = Results(study, this.space)
     left = results.write(this.folder)

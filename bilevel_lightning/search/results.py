@@ -121,7 +121,7 @@ class Results:
             pictures["importances"] = importances
         plt.switch_backend("agg")
         with matplotlib.rc_context(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            warnings.simplefilter("ignore")  # experimental is all of it, and ranges of one value are widened
             for file, draw in pictures.items():
                 _replace(folder / f"{file}.png", partial(_save, draw(self.study, target_name=name)))
         return [] if len(values) > 1 else ["no importances.png: it needs complete trials with different values"]

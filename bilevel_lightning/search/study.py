@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -91,9 +92,16 @@ def storage(url: str) -> BaseStorage:
             return RDBStorage(url)
         return _sqlite(url)
     except ImportError as error:
-        raise BilevelError(f"--storage {url} needs a driver: pip install {error.name}.") from error
+        raise BilevelError(
+            f"--storage {shown(url)} needs a data base driver; for postgresql: pip install psycopg2-binary."
+        ) from error
     except Exception as error:
-        raise BilevelError(f"--storage {url} cannot be opened: {' '.join(str(error).split())}") from error
+        raise BilevelError(f"--storage {shown(url)} cannot be opened: {' '.join(str(error).split())}") from error
+
+
+def shown(url: str) -> str:
+    """Returns a URL without its password."""
+    return re.sub(r"(://[^:/@]*):[^@]*@", r"\1:...@", url)
 
 
 def _sqlite(url: str, attempts: int = 20) -> RDBStorage:
