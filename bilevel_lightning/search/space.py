@@ -13,7 +13,6 @@ from bilevel_lightning.errors import BilevelError
 
 SPACES = Path(__file__).resolve().parent.parent / "configs" / "search"
 KINDS = ("uniform", "log_uniform", "int_uniform", "int_log_uniform", "choice", "tied")
-ON_TEST_DATA = ("test/", "report/")
 PARTS = ("config", "objective", "report", "set", "settings")
 
 
@@ -130,7 +129,7 @@ class Space:
         metric, direction = str(objective["metric"]), objective["direction"]
         if direction not in ("minimize", "maximize"):
             raise BilevelError(f"objective.direction must be minimize or maximize, got {direction}.")
-        if metric.startswith(ON_TEST_DATA):
+        if metric.startswith("test/") or (metric.startswith("report/") and "/val_" not in metric):
             raise BilevelError(f"objective.metric {metric} is measured on test data, on which nothing may be selected.")
         settings = {key: Range.read(key, value) for key, value in (given.get("settings") or {}).items()}
         free = [key for key, values in settings.items() if values.kind != "tied"]
