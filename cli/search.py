@@ -190,12 +190,11 @@ class Search:
                 raise BilevelError(
                     f"--{name} is searched by the space {given.space}: leave it out, or use another space."
                 )
-        common = self.parse(self.args)
-        self.parse([*self.args, *arguments(self.space.example())])
+        common = self.parse([*self.args, *arguments(self.space.example())])
         self.folder = folder(common["trainer"]["default_root_dir"], self.name)
         flat = {key: value for key, value in _flat(common).items() if not key.startswith(OF_THE_MACHINE)}
-        flat.update({f"the space's {key}": value for key, value in _flat(self.space.describe()).items()})
-        self.description = {**flat, "--own_seeds": self.own_seeds}
+        of_space = {f"the space's {key}": value for key, value in _flat(self.space.describe()).items()}
+        self.description = {**of_space, **flat, "--own_seeds": self.own_seeds}
 
     def parse(self, args: list[str]) -> dict[str, Any]:
         """Returns all settings as plain values, and runs nothing."""

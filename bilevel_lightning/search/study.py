@@ -152,7 +152,7 @@ def open_study(
     if before is None:
         study.set_user_attr("description", text)
         return study
-    for key in sorted({*before, *text}):
+    for key in [*text, *before]:
         if before.get(key) != text.get(key):
             raise BilevelError(
                 f"--study {name} was begun with {key}={before.get(key)}, and here it is {text.get(key)}: go on with "

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -172,13 +173,21 @@ def test_trials_are_those_of_the_study_and_failures_are_recorded(url):
     assert len(begin(url).trials) == 8
 
 
-def test_what_was_lost_with_its_process_is_done_again_with_the_same_values(url):
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still but for sleeping and for what a test adds."""
+    clock = SimpleNamespace(now=time.time() + 1)
+    later = lambda seconds: setattr(clock, "now", clock.now + seconds)
+    monkeypatch.setattr(study, "time", SimpleNamespace(time=lambda: clock.now, sleep=later))
+    return clock
+
+
+def test_what_was_lost_with_its_process_is_done_again_with_the_same_values(url, clock):
     dead = begin(url).ask()
     dead.suggest_float("x", -1, 1)  # and never a word again
-    waits = []
-    begun = time.time()
-    work(begin(url), 3, parabola, grace=1, wait=waits.append)
-    assert time.time() - begun > 0.5
+    waits, begun = [], clock.now
+    work(begin(url), 3, parabola, grace=60, wait=waits.append)
+    assert 58 < clock.now - begun < 62
     assert waits == [1]
     trials = begin(url).trials
     assert [t.state.name for t in trials] == ["FAIL", "COMPLETE", "COMPLETE", "COMPLETE"]
@@ -201,14 +210,19 @@ def test_a_trial_that_ends_its_process_each_time_is_given_up(url):
     assert [t.number for t in study.counted(begin(url))] == [2]
 
 
-def test_living_trials_are_left_alone(url):
+def test_living_trials_are_left_alone(url, clock):
     trial = begin(url).ask()
-    with study.Alive(trial, 0.05):
-        time.sleep(1.2)
-        study.recover(begin(url), 1)
+    with study.Alive(trial, 0.02):
+        clock.now += 100
+        while begin(url).trials[0].user_attrs["alive"] < clock.now:
+            time.sleep(0.02)
+        study.recover(begin(url), 60)
         assert begin(url).trials[0].state == TrialState.RUNNING
-    time.sleep(1.1)
-    study.recover(begin(url), 1)
+    clock.now += 59
+    study.recover(begin(url), 60)
+    assert begin(url).trials[0].state == TrialState.RUNNING
+    clock.now += 2
+    study.recover(begin(url), 60)
     assert begin(url).trials[0].state == TrialState.FAIL
 
 
@@ -381,28 +395,35 @@ def test_mistakes_end_in_one_message(capsys):
 
 def test_two_workers_killed_in_the_middle_and_resumed():
     command = [sys.executable, "-c", "from bilevel_lightning.cli import search; search()"]
-    args = [*RUN, "--trials=7", "--grace=2", "--sampler=random", "--pruner=none"]
+    args = [*RUN, "--grace=5", "--sampler=random", "--pruner=none"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(study.__file__).parents[2])}
     url = "sqlite:///runs/search/digits_trhg_s/study.db"
-    workers = [subprocess.Popen([*command, *args], env=environment) for _ in range(2)]
-    until = time.time() + 200
-    while not Path("runs/search/digits_trhg_s/version_3").exists():
-        assert time.time() < until
-        time.sleep(0.05)
-    for worker in workers:
-        worker.send_signal(signal.SIGKILL)
-        worker.wait()
-    trials = optuna.load_study(study_name=None, storage=url).trials
-    running = [t.number for t in trials if t.state == TrialState.RUNNING]
-    assert running
-    assert len({t.user_attrs["worker"] for t in trials if "worker" in t.user_attrs}) == 2
+    workers = [subprocess.Popen([*command, *args, "--trials=1000"], env=environment) for _ in range(2)]
 
-    search(args)
+    def trials():
+        return optuna.load_study(study_name=None, storage=url).trials
+
+    try:
+        until = time.time() + 300
+        while not Path("runs/search/digits_trhg_s/version_1").exists():
+            assert time.time() < until
+            time.sleep(0.05)
+        while len({t.user_attrs.get("worker") for t in trials() if t.state == TrialState.COMPLETE}) < 2:
+            assert time.time() < until
+    finally:
+        for worker in workers:
+            worker.send_signal(signal.SIGKILL)
+            worker.wait()
+    running = [t for t in trials() if t.state == TrialState.RUNNING]
+    total = len(study.counted(optuna.load_study(study_name=None, storage=url)))
+    assert running
+    assert total >= 3
+
+    search([*args, f"--trials={total + 1}"])
     rows = results()
-    assert len(rows) == 7
+    assert len(rows) == total + 1
     assert all(row["state"] == "complete" for row in rows)
-    assert not {int(row["trial"]) for row in rows} & set(running)
-    redone = {row["model.dynamics.lr"] for row in rows}
-    trials = optuna.load_study(study_name=None, storage=url).trials
-    assert {str(trials[n].params["model.dynamics.lr"]) for n in running if trials[n].params} <= redone
-    assert len(redone) == 7  # no worker drew what another had drawn
+    assert not {row["trial"] for row in rows} & {str(t.number) for t in running}
+    values = {row["model.dynamics.lr"] for row in rows}
+    assert len(values) == total + 1  # no worker drew what another had drawn
+    assert {str(t.params["model.dynamics.lr"]) for t in running if t.params} <= values
