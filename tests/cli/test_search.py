@@ -302,12 +302,12 @@ def test_storages_that_cannot_be_opened(wrong, message):
 
 
 def test_a_search_from_the_command_line(capsys):
-    search([*RUN, "--trials=3", "--seed=4"])
+    search([*RUN, "--trials=2", "--seed=4"])
     out = capsys.readouterr().out
-    assert "3 trials: 3 complete, 0 pruned, 0 failed" in out
+    assert "2 trials: 2 complete, 0 pruned, 0 failed" in out
     rows = results()
-    assert [row["rank"] for row in rows] == ["1", "2", "3"]
-    assert {row["trial"] for row in rows} == {"0", "1", "2"}
+    assert [row["rank"] for row in rows] == ["1", "2"]
+    assert {row["trial"] for row in rows} == {"0", "1"}
     values = [float(row["val/accuracy"]) for row in rows]
     assert values == sorted(values, reverse=True)
     for row in rows:
@@ -330,10 +330,10 @@ def test_a_search_from_the_command_line(capsys):
     assert not [*folder.parent.glob(".*")]
     assert len(capsys.readouterr().out) == 0
 
-    search([*RUN, "--trials=3", "--seed=4"])  # nothing is left to do
+    search([*RUN, "--trials=2", "--seed=4"])  # nothing is left to do
     assert results() == rows
-    assert capsys.readouterr().out.count("complete") == 4
-    message = failure(capsys, *RUN, "--trials=3", "--trainer.max_steps=3")
+    assert capsys.readouterr().out.count("complete") == 3
+    message = failure(capsys, *RUN, "--trainer.max_steps=3")
     assert "--study digits_trhg_s was begun with trainer.max_steps=2, and here it is 3" in message
     space(settings={"model.dynamics.lr": {"log_uniform": [0.02, 1]}})
     assert "was begun with the space's settings.model.dynamics.lr.log_uniform=[0.01, 1.0]" in failure(capsys, *RUN)
@@ -365,9 +365,6 @@ def test_pruned_trials_end_at_a_validation(monkeypatch):
     assert (row["state"], row["iterations"], row["rank"]) == ("pruned", "1", "")
     assert 0 <= float(row["val/accuracy"]) <= 1
     assert row["val/upper_loss"]
-    search([*RUN, "--trials=1", "--pruner=none", "--study=whole"])
-    (row,) = results("whole")
-    assert (row["state"], row["iterations"]) == ("complete", "2")
 
 
 def test_mistakes_end_in_one_message(capsys):
