@@ -80,8 +80,8 @@ class LinearData(TwoLevelData):
     r"""Base of the data modules for `PenaltySelection`: training (lower), validation (upper) and test samples.
 
     Batches are ``(inputs, labels)`` at both levels. Inputs stay sparse, minibatches included, where less than 5 % of
-    the training entries are stored; others are made dense. Labels are class numbers in the order of the training labels, or
-    numbers of the default type for regression.
+    the training entries are stored; others are made dense. Labels are class numbers in the order of the training
+    labels, or numbers of the default type for regression.
 
     Args:
         lower_batch_size: as in `TwoLevelData`.
@@ -338,7 +338,7 @@ class Newsgroups(LinearData):
     scikit-learn's, of later dates.
 
     Args:
-        root: folder of ``20news-bydate.pkz``, scikit-learn's file, and of its cache of word counts; default: the
+        root: folder of ``20news-bydate_py3.pkz``, scikit-learn's file, and of its cache of word counts; default: the
             environment variable ``BILEVEL_DATA_DIR``, else ``data``. Both are pickles: use only files that you trust.
         download: let scikit-learn fetch the missing file, with its checksum. Default True.
         remove: parts of a post to leave out: ``headers``, ``footers``, ``quotes``. Default all, as in hypertorch.
@@ -381,8 +381,8 @@ class Newsgroups(LinearData):
         except OSError as error:
             reason = f"downloading failed ({error})" if self.download else "data.download is false"
             raise BilevelError(
-                f"Newsgroups found no data in {self.root}, and {reason}. Put scikit-learn's 20news-bydate.pkz there, "
-                "set data.root or the environment variable BILEVEL_DATA_DIR, or allow data.download."
+                f"Newsgroups found no data in {self.root}, and {reason}. Put scikit-learn's 20news-bydate_py3.pkz "
+                "there, set data.root or the environment variable BILEVEL_DATA_DIR, or allow data.download."
             ) from error
         return Labelled(found.data.tocsr(), found.target)
 
@@ -455,9 +455,8 @@ class LIBSVMData(LinearData):
         try:
             return Labelled(*load_svmlight_file(str(path), n_features=features))
         except (ValueError, OSError, EOFError) as error:
-            raise BilevelError(
-                f"LIBSVMData: {path} does not fit the LIBSVM format or the first file: {error}"
-            ) from error
+            whose = "" if features is None else f", or the {features} features of {self.files[0]}"
+            raise BilevelError(f"LIBSVMData: {path} does not fit the LIBSVM format{whose}: {error}") from error
 
     @override
     def sources(self) -> tuple[Labelled, Labelled, Labelled | None]:
