@@ -139,9 +139,9 @@ def test_shipped_selection_configs_run(name, tmp_path, monkeypatch):
     ]
     batches = ["--data.lower_batch_size=16", "--data.upper_batch_size=16"]
     if "quadratic" in name:
-        sizes = [f"lower_samples={80}", f"upper_samples={60}"]
+        sizes = ["lower_samples=80", "upper_samples=60"]
         small += [f"--{part}.{size}" for part in ("data", "model.task") for size in sizes]
-        small += ["--model.task.lower_dim=6", *(batches if "minibatch" in name else [])]
+        small += ["--model.task.lower_dim=6", *(batches if "batch_size" in Path(config_path(name)).read_text() else [])]
     elif "logistic" in name:
         small += ["--data.samples=60", "--data.test_samples=20"]
     elif "text" in name:
