@@ -1,6 +1,7 @@
 """Figures, reports and diagnostics."""
 
 from bilevel_lightning.callbacks.cleaning import CleaningReport, SuspiciousImages, WeightHistogram
+from bilevel_lightning.callbacks.equilibrium import UpperStationarity
 from bilevel_lightning.callbacks.few_shot import AdaptationCurve, EpisodeFigure, FewShotReport, RegressionFigure
 from bilevel_lightning.callbacks.numerical import PathFigure, SolutionError
 from bilevel_lightning.callbacks.stopping import ResidualStopping
@@ -15,5 +16,6 @@ __all__ = [
     "ResidualStopping",
     "SolutionError",
     "SuspiciousImages",
+    "UpperStationarity",
     "WeightHistogram",
 ]
