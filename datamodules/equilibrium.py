@@ -38,7 +38,7 @@ class EquilibriumData(LightningDataModule):
         seed: of the split and of the minibatches. Default 0.
 
     Attributes:
-        train_samples: number of training samples.
+        train_samples: number of training samples, known after `setup`.
         image_shape: channels, height, width.
         classes: 10.
 
@@ -49,8 +49,6 @@ class EquilibriumData(LightningDataModule):
     image_shape: tuple[int, int, int]
     classes = 10
     levels = 255.0
-    train_images: int
-    """Number of the images from which those of validation are held out."""
 
     def __init__(
         self,
@@ -65,12 +63,9 @@ class EquilibriumData(LightningDataModule):
         self.batch_size = int(positive("data.batch_size", batch_size))
         self.evaluation_batch_size = int(positive("data.evaluation_batch_size", evaluation_batch_size))
         self.epoch_length, self.seed = int(positive("data.epoch_length", epoch_length)), seed
-        self.val_samples, self.train_samples = val_samples, self.train_images - val_samples
-        if not (val_samples >= 0 and self.train_samples >= batch_size):
-            raise BilevelError(
-                f"data.val_samples={val_samples} leaves {self.train_samples} of {self.train_images} training images, "
-                f"which are no minibatch of data.batch_size={batch_size}; lower one of them."
-            )
+        self.val_samples = val_samples
+        if val_samples < 0:
+            raise BilevelError(f"data.val_samples must not be negative, got {val_samples}.")
 
     @abstractmethod
     def images(self, train: bool) -> tuple[Tensor, Tensor]:
@@ -81,6 +76,12 @@ class EquilibriumData(LightningDataModule):
         if hasattr(self, "train"):
             return
         images, labels = self.images(train=True)
+        self.train_samples = len(images) - self.val_samples
+        if self.train_samples < self.batch_size:
+            raise BilevelError(
+                f"data.val_samples={self.val_samples} leaves {self.train_samples} of {len(images)} training images, "
+                f"which are no minibatch of data.batch_size={self.batch_size}; lower one of them."
+            )
         order = torch.from_numpy(np.random.default_rng([self.seed, 0]).permutation(len(images)))
         held, used = order[: self.val_samples], order[self.val_samples :]
         self.train = (images[used], labels[used])
@@ -142,7 +143,6 @@ class MNISTEquilibrium(EquilibriumData):
     """
 
     image_shape = (1, 28, 28)
-    train_images = 60_000
     files: type[CleaningData] = MNISTCleaning
 
     def __init__(self, root: str | None = None, download: bool = True, **settings: Any) -> None:
@@ -161,7 +161,7 @@ class MNISTEquilibrium(EquilibriumData):
 
 
 class DigitsEquilibrium(EquilibriumData):
-    """scikit-learn's 8x8 digits, which come with that package: the first 1,297 are for training, the last 500 for tests.
+    """scikit-learn's 8x8 digits, which come with that package: 1,297 are for training, the last 500 for tests.
 
     Args:
         batch_size: as in `EquilibriumData`. Default 100.
@@ -171,7 +171,6 @@ class DigitsEquilibrium(EquilibriumData):
 
     image_shape = (1, 8, 8)
     levels = 16.0
-    train_images = 1297
 
     def __init__(self, batch_size: int = 100, val_samples: int = 297, **settings: Any) -> None:
         super().__init__(batch_size=batch_size, val_samples=val_samples, **settings)
@@ -179,6 +178,6 @@ class DigitsEquilibrium(EquilibriumData):
     @override
     def images(self, train: bool) -> tuple[Tensor, Tensor]:
         source = DigitsCleaning().source(True)
-        part = slice(self.train_images) if train else slice(self.train_images, None)
+        part = slice(1297) if train else slice(1297, None)
         images = torch.from_numpy(np.asarray(source.images)).reshape(-1, *self.image_shape)
         return images[part].to(torch.uint8), source.labels[part]
