@@ -1,5 +1,6 @@
 """Figures, reports and diagnostics."""
 
+from bilevel_lightning.callbacks.budget import SampleBudget
 from bilevel_lightning.callbacks.cleaning import CleaningReport, SuspiciousImages, WeightHistogram
 from bilevel_lightning.callbacks.equilibrium import UpperStationarity
 from bilevel_lightning.callbacks.few_shot import AdaptationCurve, EpisodeFigure, FewShotReport, RegressionFigure
@@ -14,6 +15,7 @@ __all__ = [
     "PathFigure",
     "RegressionFigure",
     "ResidualStopping",
+    "SampleBudget",
     "SolutionError",
     "SuspiciousImages",
     "UpperStationarity",
