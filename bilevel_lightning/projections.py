@@ -225,12 +225,12 @@ class SpectralBall(Projection):
 
 
 class ConvolutionBall(Projection):
-    r"""Kernels (outputs, inputs, height, width) whose convolution of stride 1 has an operator norm of at most ``radius``.
+    r"""Kernels (outputs, inputs, height, width) whose convolution has an operator norm of at most ``radius``.
 
-    On a torus the convolution is diagonal in blocks: its singular values are those of the ``outputs x inputs`` matrices
-    of the kernel's Fourier coefficients, one matrix a frequency. A convolution with zero padding "same" of maps (H, W)
-    is part of the one on the torus ``(H + height // 2, W + width // 2)``, where what leaves one side meets zeros on
-    the other, so that the norm there bounds its own. Its size, and not that of a smaller map, is what counts.
+    On a torus a convolution of stride 1 is diagonal in blocks: its singular values are those of the outputs x inputs
+    matrices of the kernel's Fourier coefficients, one matrix a frequency. A convolution of maps (H, W) with zero padding
+    "same" is part of the one on the torus ``(H + height // 2, W + width // 2)``, where what leaves one side meets zeros
+    on the other, so that the norm there bounds its own. The norm on a smaller torus does not.
 
     The set is the intersection of a spectral ball, in the space of kernels as large as the torus, and of the subspace
     of small kernels. Its nearest point is found by Dykstra's alternating projections, which are gradient steps on the
@@ -287,15 +287,18 @@ class ConvolutionBall(Projection):
                 continue
             pace, last = (1 + (1 + 4 * pace**2) ** 0.5) / 2, pace
             ahead = dual + (last - 1) / pace * (dual - before)
-        return kernel * (radius / norm).clamp(max=1.0)
+        scaled: Tensor = kernel * (radius / norm).clamp(max=1.0)
+        return scaled
 
     def _small(self, spectrum: Tensor, height: int, width: int) -> Tensor:
         """Returns the nearest small kernel of Fourier coefficients: the adjoint of `_spectrum`, to a factor."""
-        return torch.fft.irfft2(spectrum.permute(2, 3, 0, 1), self.size)[..., :height, :width]
+        kernel: Tensor = torch.fft.irfft2(spectrum.permute(2, 3, 0, 1), self.size)[..., :height, :width]
+        return kernel
 
     def _spectrum(self, kernel: Tensor) -> Tensor:
         """Returns the Fourier coefficients, matrices (frequencies, frequencies, outputs, inputs)."""
-        return torch.fft.rfft2(kernel, self.size).permute(2, 3, 0, 1)
+        spectrum: Tensor = torch.fft.rfft2(kernel, self.size).permute(2, 3, 0, 1)
+        return spectrum
 
 
 def soft_threshold(point: Tensor, threshold: float | Tensor) -> Tensor:

@@ -117,7 +117,7 @@ class EquilibriumData(LightningDataModule):
         assert self.trainer is not None
         device, rank, world = self.trainer.strategy.root_device, self.trainer.global_rank, self.trainer.world_size
         data = tuple(t.to(device) for t in data)
-        parts = torch.arange(rank, len(data[0]), world, device=device).split(self.evaluation_batch_size)
+        parts = torch.split(torch.arange(rank, len(data[0]), world, device=device), self.evaluation_batch_size)
         return Iterations(lambda k: self.take(data, parts[k]), len(parts))
 
     @override

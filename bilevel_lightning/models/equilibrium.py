@@ -119,9 +119,9 @@ class ConvolutionalCell(Cell):
         positive("ConvolutionalCell.channels", channels)
         self.state_shape = (channels, height // 2, width // 2)
         self.features, self.padding = channels * (height // 4) * (width // 4), kernel_size // 2
-        state, image = (nn.Conv2d(n, channels, kernel_size) for n in (channels, colours))  # torch's initial values
-        assert state.bias is not None
-        self.A, self.B, self.c = state.weight, image.weight, state.bias
+        initial = [nn.Conv2d(n, channels, kernel_size).state_dict() for n in (channels, colours)]  # torch's values
+        self.A, self.B = (nn.Parameter(values["weight"]) for values in initial)
+        self.c = nn.Parameter(initial[0]["bias"])
 
     @override
     def input(self, images: Tensor) -> Tensor:

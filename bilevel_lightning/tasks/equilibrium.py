@@ -34,7 +34,7 @@ class Equilibrium(BilevelTask):
     r"""Classify images by the fixed points of a contraction, one a sample.
 
     Upper: f = mean over the samples of CE(W read(h_i) + b, label_i), over x = (A, B, c, W, b).
-    Lower: h_i = Phi(h_i, image_i), such as tanh(h_i A + image_i B + c), by `dynamics.FixedPoint` or `dynamics.Anderson`.
+    Lower: h_i = Phi(h_i, image_i), such as tanh(h_i A + image_i B + c); dynamics are `FixedPoint` or `Anderson`.
 
     After each upper step A becomes the nearest one for which Phi contracts by ``radius``, and W is clipped. What
     the images contribute to Phi is computed once an upper iteration (`Bilevel.prepare`).
@@ -83,7 +83,8 @@ class Equilibrium(BilevelTask):
         head = nn.Linear(cell.features, int(positive("Equilibrium.classes", classes)))
         nn.init.normal_(head.weight, std=0.01)  # as in the paper's code
         nn.init.zeros_(head.bias)
-        self.upper, self.lower = nn.ModuleDict({"cell": cell, "head": head}), States(cell.state_shape)
+        self.upper: nn.ModuleDict = nn.ModuleDict({"cell": cell, "head": head})
+        self.lower: States = States(cell.state_shape)
         tree.assign(self.upper, self.project_upper(tree.clone(tree.of(self.upper))))
         self.register_buffer("stored", torch.zeros(stored_states, *cell.state_shape))
         self.stored: Tensor
@@ -153,7 +154,7 @@ class Equilibrium(BilevelTask):
                 f"The task stores {len(self.stored)} states but the data have {data.train_samples} training samples: "
                 "set task.stored_states to that number, or to 0 for none."
             )
-        if self.upper["head"].out_features != data.classes:
+        if len(self.upper.get_parameter("head.bias")) != data.classes:
             raise BilevelError(f"The data have {data.classes} classes: set task.classes to that number.")
         like = next(self.upper.parameters())
         try:

@@ -49,7 +49,7 @@ def test_batches_go_on_where_a_run_was_left():
 
 
 def test_processes_share_a_minibatch_and_an_evaluation():
-    make = lambda rank, world: loaded(DigitsEquilibrium(batch_size=101, evaluation_batch_size=70), rank, world)  # noqa: E731
+    make = lambda rank, world: loaded(DigitsEquilibrium(batch_size=101, evaluation_batch_size=70), rank, world)
     one, parts = make(0, 1), [make(rank, 2) for rank in range(2)]
     whole = next(iter(one.train_dataloader()))["lower"][1]
     halves = [next(iter(p.train_dataloader()))["lower"][1] for p in parts]

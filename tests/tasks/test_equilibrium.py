@@ -9,7 +9,7 @@ from loops import trainer
 from pytorch_lightning import LightningDataModule
 from torch.nn.functional import cross_entropy, unfold
 
-from bilevel_lightning import AIDNeumann, Anderson, BilevelError, FixedPoint, RHG, TRHG, hypergradient, tree
+from bilevel_lightning import RHG, TRHG, AIDNeumann, Anderson, BilevelError, FixedPoint, hypergradient, tree
 from bilevel_lightning.datamodules import DigitsEquilibrium
 from bilevel_lightning.linear_solvers import Neumann
 from bilevel_lightning.models import ConvolutionalCell, DenseCell
@@ -182,7 +182,7 @@ def test_weights_contract_from_the_beginning():
 def learner(task, algorithm=AIDNeumann, lr=0.5, **settings):
     if algorithm is AIDNeumann:
         settings = {"linear_solver": Neumann(3), **settings}
-    sgd = lambda params: torch.optim.SGD(params, lr=lr)  # noqa: E731
+    sgd = lambda params: torch.optim.SGD(params, lr=lr)
     return algorithm(task=task, dynamics=FixedPoint(), lower_steps=3, upper_optimizer=sgd, **settings)
 
 
@@ -234,7 +234,7 @@ def test_states_are_stored_by_sample_and_are_the_next_start():
 
 def test_a_warm_started_run_is_resumed_bit_for_bit(tmp_path):
     """Seven iterations, of which three begin the second visit of the samples, in one run and in two."""
-    digits = lambda: DigitsEquilibrium(batch_size=250, epoch_length=3)  # noqa: E731
+    digits = lambda: DigitsEquilibrium(batch_size=250, epoch_length=3)
     whole, second = (Equilibrium(DenseCell(SHAPE, units=8), stored_states=1000) for _ in range(2))
     first = copy.deepcopy(whole)
     trainer(7).fit(learner(whole), datamodule=digits())
@@ -270,9 +270,7 @@ def test_digits_are_learnt(algorithm):
     task = Equilibrium(DenseCell(SHAPE, units=30), stored_states=1000)
     settings = {"truncation": 2} if algorithm is TRHG else {}
     run = trainer(120)
-    run.fit(
-        learner(task, algorithm, evaluation_steps=20, **settings), datamodule=DigitsEquilibrium(epoch_length=120)
-    )
+    run.fit(learner(task, algorithm, evaluation_steps=20, **settings), datamodule=DigitsEquilibrium(epoch_length=120))
     assert run.callback_metrics["val/accuracy"] > 0.85
     assert run.callback_metrics["val/opt_metric"] < 1e-4
     assert torch.linalg.matrix_norm(task.cell.A, 2) <= 0.5 * (1 + 1e-5)
