@@ -228,9 +228,9 @@ class ConvolutionBall(Projection):
     r"""Kernels (outputs, inputs, height, width) whose convolution has an operator norm of at most ``radius``.
 
     On a torus a convolution of stride 1 is diagonal in blocks: its singular values are those of the outputs x inputs
-    matrices of the kernel's Fourier coefficients, one matrix a frequency. A convolution of maps (H, W) with zero padding
-    "same" is part of the one on the torus ``(H + height // 2, W + width // 2)``, where what leaves one side meets zeros
-    on the other, so that the norm there bounds its own. The norm on a smaller torus does not.
+    matrices of the kernel's Fourier coefficients, one matrix a frequency. A convolution of maps (H, W) that are padded
+    with zeros to keep their size is part of the one on the torus ``(H + height // 2, W + width // 2)``, where what
+    leaves one side meets zeros on the other, so that the norm there bounds its own. That on a smaller torus does not.
 
     The set is the intersection of a spectral ball, in the space of kernels as large as the torus, and of the subspace
     of small kernels. Its nearest point is found by Dykstra's alternating projections, which are gradient steps on the
