@@ -1,4 +1,4 @@
-"""The equilibrium model of docs/equilibrium.md: its contraction, its hypergradients, and where an iteration's time goes.
+"""The equilibrium model of docs/equilibrium.md: its contraction, its hypergradients, and the time of an iteration.
 
     python benchmarks/equilibrium.py [--checkpoint FILE] [--channels C] [--samples 600] [--rounds 21]
 
