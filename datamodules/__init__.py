@@ -4,6 +4,7 @@ from bilevel_lightning.datamodules.cifar10 import CIFAR10Cleaning
 from bilevel_lightning.datamodules.cleaning import CleaningData
 from bilevel_lightning.datamodules.digits import DigitsCleaning
 from bilevel_lightning.datamodules.episodes import EpisodicDataModule
+from bilevel_lightning.datamodules.equilibrium import DigitsEquilibrium, EquilibriumData, MNISTEquilibrium
 from bilevel_lightning.datamodules.fewshot_images import FewShotImages
 from bilevel_lightning.datamodules.levels import TwoLevelData
 from bilevel_lightning.datamodules.mini_imagenet import MiniImageNet
@@ -25,12 +26,15 @@ __all__ = [
     "CIFAR10Cleaning",
     "CleaningData",
     "DigitsCleaning",
+    "DigitsEquilibrium",
     "EpisodicDataModule",
+    "EquilibriumData",
     "FashionMNISTCleaning",
     "FewShotImages",
     "LIBSVMData",
     "LinearData",
     "MNISTCleaning",
+    "MNISTEquilibrium",
     "MiniImageNet",
     "Newsgroups",
     "NoData",

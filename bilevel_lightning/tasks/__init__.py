@@ -1,5 +1,6 @@
 """The problems."""
 
+from bilevel_lightning.tasks.equilibrium import Equilibrium
 from bilevel_lightning.tasks.few_shot import FewShot, FewShotRegression
 from bilevel_lightning.tasks.hyper_cleaning import HyperCleaning
 from bilevel_lightning.tasks.numerical import (
@@ -18,6 +19,7 @@ from bilevel_lightning.tasks.selection import PenaltySelection, QuadraticSum
 
 __all__ = [
     "BDACounterExample",
+    "Equilibrium",
     "FewShot",
     "FewShotRegression",
     "GPBGDTrap",

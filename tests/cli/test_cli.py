@@ -58,7 +58,7 @@ def of_task(task):
 
 
 def test_every_shipped_config_is_run_here():
-    tasks = ("few_shot", "hyper_cleaning", "numerical", "selection")
+    tasks = ("equilibrium", "few_shot", "hyper_cleaning", "numerical", "selection")
     assert sorted(name for task in tasks for name in of_task(task)) == shipped_configs()
 
 
@@ -162,6 +162,26 @@ def test_shipped_selection_configs_run(name, tmp_path, monkeypatch):
     assert len([row for row in rows if row["train/upper_loss"]]) == 2
     measure = "value_gap" if "quadratic" in name else "accuracy"
     assert len([row for row in rows if row[f"val/{measure}"]]) == 2
+
+
+@pytest.mark.parametrize("name", of_task("equilibrium"))
+def test_shipped_equilibrium_configs_run(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("BILEVEL_DATA_DIR", str(files.mnist(tmp_path / "data")))
+    small = ["--data.batch_size=20", "--trainer.max_steps=2", "--trainer.log_every_n_steps=1", "--data.epoch_length=2"]
+    small += ["--trainer.check_val_every_n_epoch=1", "--model.lower_steps=2", "--model.evaluation_steps=2"]
+    if "mnist" in name:
+        small += ["--data.val_samples=20"]
+    if "stored_states" in Path(config_path(name)).read_text():
+        small += ["--model.task.stored_states=100"]
+    if "conv" in name:
+        small += ["--model.task.cell.channels=2"]
+    run("--config", name, *small)
+    folder = Path("runs") / name / "version_0"
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len([row for row in rows if row["train/upper_loss"]]) == 2
+    for measure in ("val/accuracy", "val/opt_metric", "val/hg_norm", "val/prox_map_norm", "test/accuracy"):
+        assert len([row for row in rows if row[measure]]) == 1
 
 
 @pytest.mark.parametrize("name", shipped_configs())
