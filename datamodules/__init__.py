@@ -10,20 +10,25 @@ from bilevel_lightning.datamodules.mini_imagenet import MiniImageNet
 from bilevel_lightning.datamodules.mnist import FashionMNISTCleaning, MNISTCleaning
 from bilevel_lightning.datamodules.nothing import NoData
 from bilevel_lightning.datamodules.omniglot import Omniglot
+from bilevel_lightning.datamodules.poisoning import CIFAR10Poisoning, DigitsPoisoning, MNISTPoisoning, PoisoningData
 from bilevel_lightning.datamodules.sinusoid import Sinusoid
 from bilevel_lightning.datamodules.tiered_imagenet import TieredImageNet
 
 __all__ = [
     "CIFAR10Cleaning",
+    "CIFAR10Poisoning",
     "CleaningData",
     "DigitsCleaning",
+    "DigitsPoisoning",
     "EpisodicDataModule",
     "FashionMNISTCleaning",
     "FewShotImages",
     "MNISTCleaning",
+    "MNISTPoisoning",
     "MiniImageNet",
     "NoData",
     "Omniglot",
+    "PoisoningData",
     "Sinusoid",
     "TieredImageNet",
     "TwoLevelData",

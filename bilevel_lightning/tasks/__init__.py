@@ -14,6 +14,7 @@ from bilevel_lightning.tasks.numerical import (
     SinProblem,
     StronglyConvex,
 )
+from bilevel_lightning.tasks.poisoning import Poisoning
 
 __all__ = [
     "BDACounterExample",
@@ -26,6 +27,7 @@ __all__ = [
     "MerelyConvex",
     "NumericalTask",
     "PBGDToy",
+    "Poisoning",
     "SinProblem",
     "SineSum",
     "StronglyConvex",
