@@ -66,10 +66,10 @@ class ImageData(TwoLevelData):
         Raises:
             BilevelError: if a pixel is NaN or infinite.
         """
-        chosen = [source.images[i] for i in index]
-        if chosen and isinstance(chosen[0], str):
-            chosen = [default_loader(name) for name in chosen]
-        images = torch.from_numpy(np.stack([np.asarray(image) for image in chosen]))
+        if isinstance(source.images[0], str):
+            images = torch.from_numpy(np.stack([np.asarray(default_loader(source.images[i])) for i in index]))
+        else:
+            images = torch.as_tensor(source.images)[[*index]]
         images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
         images = images.contiguous().float() / self.grey_levels
         broken = (~torch.isfinite(images)).flatten(1).any(1).nonzero().flatten()

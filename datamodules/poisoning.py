@@ -147,8 +147,8 @@ class CIFAR10Poisoning(CIFAR10Files, PoisoningData):
 class DigitsPoisoning(DigitsFiles, PoisoningData):
     """Poisoning of scikit-learn's 8x8 digits, which come with that package: 1,797 images, no download.
 
-    A quarter of them, with equal shares of each class, is the test set: 450 images. With the other defaults 807 clean,
-    203 poisoned and 337 validation images remain.
+    A quarter of them, with equal shares of each class, is the test set: 450 images. With the other defaults 808 clean,
+    202 poisoned and 337 validation images remain.
 
     Args:
         samples: as in `PoisoningData`, of the 1,347 images that are no test images.

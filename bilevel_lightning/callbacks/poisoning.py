@@ -143,7 +143,7 @@ class PoisoningReport(Callback):
         if self.controls:
             trainings |= {"clean images": torch.zeros_like(delta), "random noise": task.upper.noise()}
         rows = {"y at the end of the run": self.accuracies(task.lower, [poisoned(delta), *held_out])}
-        norms = {"y at the end of the run": task.upper.norms().mean()}
+        norms = {"y at the end of the run": task.upper.norms(delta).mean()}
         for name, perturbation in trainings.items():
             train = poisoned(perturbation)
             rows[name] = self.accuracies(self.retrain(task, *train), [train, *held_out])

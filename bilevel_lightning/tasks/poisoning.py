@@ -46,6 +46,7 @@ class Perturbations(nn.Module):
         """Returns the perturbations of these numbers, shape ``(index, *image_shape)``."""
         return self.delta[index]
 
+    @torch.no_grad()
     def norms(self, delta: Tensor | None = None) -> Tensor:
         """Returns the norm of each perturbation, shape ``(samples,)``; default: those of `delta`."""
         delta = self.delta if delta is None else delta
