@@ -1,4 +1,4 @@
-"""Data poisoning: a training set of which a part may be perturbed (lower level), validation data (upper), a test set."""
+"""Data poisoning: training images, a part of which may be perturbed (lower level), validation images (upper level)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,8 +23,8 @@ class PoisoningData(ImageData):
     training images (lower level), and those into clean and poisoned ones; labels stay as they are.
 
     Training batches are ``{"lower": (images, labels, index), "upper": (images, labels)}``. ``index`` is the number of
-    the perturbation that an image carries, or -1 for a clean one; the images are the unperturbed ones. The lower part of
-    validation and test batches is `poisoned` alone. With several processes each gets every world-size-th sample.
+    the perturbation that an image carries, or -1 for a clean one; the images are the unperturbed ones. The lower part
+    of validation and test batches is `poisoned` alone. With several processes each gets every world-size-th sample.
 
     Args:
         root: as in `ImageData`.
@@ -108,8 +108,8 @@ class PoisoningData(ImageData):
             )
         except ValueError as error:
             raise BilevelError(
-                f"{len(index)} images cannot be split with equal shares of each class ({error}); raise data.samples, or "
-                "move data.val_share and data.poisoned_share towards one half."
+                f"{len(index)} images cannot be split with equal shares of each class ({error}); raise data.samples, "
+                "or move data.val_share and data.poisoned_share towards one half."
             ) from error
         return first, rest
 
@@ -138,7 +138,7 @@ class MNISTPoisoning(MNISTFiles, PoisoningData):
 
 
 class CIFAR10Poisoning(CIFAR10Files, PoisoningData):
-    """Poisoning of CIFAR-10: 30,000 clean, 7,500 poisoned and 12,500 validation images, the official test set of 10,000.
+    """Poisoning of CIFAR-10: 30,000 clean, 7,500 poisoned and 12,500 validation images; the official test set.
 
     Read from ``root/cifar-10-batches-py`` or ``root/cifar10``, see `CIFAR10Files`.
     """

@@ -30,8 +30,8 @@ def _data(trainer: Trainer) -> Any:
 class PoisonedImages(Callback):
     """Images that are perturbed most, clean, the difference, poisoned: in TensorBoard and, at the end, as a PNG.
 
-    Of the perturbations with the largest norms. The difference is shown on a scale of its own, from blue for darker over
-    white to red for brighter; of colour images its mean over the channels.
+    Of the perturbations with the largest norms. The difference is shown on a scale of its own, from blue for darker
+    over white to red for brighter; of colour images its mean over the channels.
 
     Args:
         images: how many, one column each. Default 8.
@@ -174,7 +174,7 @@ class PoisoningReport(Callback):
         model.eval()
         found = []
         for images, labels in parts:
-            pairs = zip(images.split(CHUNK), labels.split(CHUNK), strict=True)
+            pairs = zip(torch.split(images, CHUNK), torch.split(labels, CHUNK), strict=True)
             found.append(sum(int((model(x).argmax(1) == y).sum()) for x, y in pairs) / len(labels))
         model.train(training)
         return found

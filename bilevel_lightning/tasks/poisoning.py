@@ -1,6 +1,6 @@
 """Data poisoning: small perturbations of some training images that harm whoever trains on them."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from pytorch_lightning import Callback, LightningDataModule
@@ -11,10 +11,12 @@ from typing_extensions import override
 
 from bilevel_lightning.callbacks.poisoning import PoisonedImages, PoisoningReport
 from bilevel_lightning.errors import BilevelError, positive
-from bilevel_lightning.projections import ORDERS, BallInBox
+from bilevel_lightning.projections import ORDERS, Ball, BallInBox
 from bilevel_lightning.task import BilevelTask, Minibatches
 from bilevel_lightning.tree import Params
 
+Norm = Literal["l2", "l1", "linf"]
+Method = Literal["nearest", "ball_then_box"]
 ROWS = 512  # projected at once, so that they stay in a processor's cache
 
 
@@ -26,6 +28,7 @@ class Perturbations(nn.Module):
         image_shape: channels, height, width.
         radius: largest norm of each delta_i.
         norm: ``l2``, ``l1`` or ``linf``.
+        projection: see `Poisoning`.
 
     Attributes:
         delta: the perturbations, shape ``(samples, *image_shape)``.
@@ -35,12 +38,13 @@ class Perturbations(nn.Module):
     images: Tensor | None
 
     def __init__(
-        self, samples: int, image_shape: tuple[int, int, int], radius: float, norm: Literal["l2", "l1", "linf"]
+        self, samples: int, image_shape: tuple[int, int, int], radius: float, norm: Norm, projection: Method
     ) -> None:
         super().__init__()
         self.delta = nn.Parameter(torch.zeros(samples, *image_shape))
         self.register_buffer("images", None, persistent=False)
-        self.ball, self.order = BallInBox(radius, norm, dims=3), ORDERS[norm]
+        self.order, self.projection = ORDERS[norm], projection
+        self.ball, self.ball_in_box = Ball(radius, norm, dims=3), BallInBox(radius, norm, dims=3)
 
     def forward(self, index: Tensor) -> Tensor:
         """Returns the perturbations of these numbers, shape ``(index, *image_shape)``."""
@@ -55,7 +59,7 @@ class Perturbations(nn.Module):
 
     @torch.no_grad()
     def project(self, delta: Tensor) -> Tensor:
-        """Returns the nearest perturbations with norms within the radius that leave all pixels in [0, 1].
+        """Returns perturbations with norms within the radius that leave all pixels in [0, 1], by default the nearest.
 
         Raises:
             BilevelError: if the images are not known.
@@ -66,11 +70,13 @@ class Perturbations(nn.Module):
                 "to the task by check_data(datamodule)."
             )
         low, high = -self.images, 1 - self.images
+        if self.projection == "ball_then_box":
+            return self.ball(delta).clamp(low, high)
         rounded = self.ball.radius * (1 + 4 * torch.finfo(delta.dtype).eps)  # else points of the sphere go again
         inside = ((delta >= low) & (delta <= high)).flatten(1).all(1) & (self.norms(delta) <= rounded)
         nearest = delta.clone()
-        for rows in (~inside).nonzero().flatten().split(ROWS):
-            nearest[rows] = self.ball(delta[rows], low[rows], high[rows])
+        for rows in torch.split((~inside).nonzero().flatten(), ROWS):
+            nearest[rows] = self.ball_in_box(delta[rows], low[rows], high[rows])
         return nearest
 
     def noise(self, seed: int = 0) -> Tensor:
@@ -102,14 +108,16 @@ class Poisoning(BilevelTask):
             and 50 for l1, on MNIST.
         norm: ``l2`` (default), ``l1`` or ``linf``, over all channels and pixels.
         ridge: factor of the mean squared entry of y. Default 0.1, as there.
+        projection: ``nearest`` (default): the projection on the intersection of ball and box. ``ball_then_box``: on the
+            one, then on the other, as in that code. The result is feasible but not the nearest point, with smaller
+            norms, which makes attacks weaker (docs/poisoning.md).
 
     Raises:
         BilevelError: if a setting is impossible, or the data do not fit the number of samples or the model.
 
     References:
         R. Grazzi, M. Pontil, S. Salzo. Bilevel Optimization with a Lower-level Contraction: Optimal Sample Complexity
-        without Warm-Start. JMLR 2023. Their code projects on the ball and then on the box, which is feasible but not
-        the nearest point of both.
+        without Warm-Start. JMLR 2023.
     """
 
     upper: Perturbations
@@ -120,8 +128,9 @@ class Poisoning(BilevelTask):
         samples: int = 9000,
         image_shape: tuple[int, int, int] = (1, 28, 28),
         radius: float = 5.0,
-        norm: Literal["l2", "l1", "linf"] = "l2",
+        norm: Norm = "l2",
         ridge: float = 0.1,
+        projection: Method = "nearest",
     ) -> None:
         super().__init__()
         positive("Poisoning.samples", samples)
@@ -130,7 +139,9 @@ class Poisoning(BilevelTask):
             raise BilevelError(f"Poisoning.norm must be one of {', '.join(ORDERS)}, got {norm}.")
         if ridge < 0:
             raise BilevelError(f"Poisoning.ridge must not be negative, got {ridge}.")
-        self.upper = Perturbations(int(samples), image_shape, radius, norm)
+        if projection not in get_args(Method):
+            raise BilevelError(f"Poisoning.projection must be nearest or ball_then_box, got {projection}.")
+        self.upper = Perturbations(int(samples), image_shape, radius, norm, projection)
         self.lower, self.ridge = model, ridge
 
     @override

@@ -166,10 +166,9 @@ def test_the_projection_is_the_nearest_point_by_a_quadratic_program(data, norm, 
     assert float(sizes.max()) <= radius * (1 + 1e-12)
     assert float((images + found).min()) >= 0
     assert float((images + found).max()) <= 1
-    eye = np.eye(64)
+    part = np.hstack([np.eye(64), -np.eye(64)])  # the point is a - b
     for p, u, q in zip(point[:10].numpy(), images.numpy(), found.numpy(), strict=False):
         # over a - b with a, b >= 0, so that all three norms are smooth: |a - b|_1 = sum(a + b) at the solution
-        part = np.hstack([eye, -eye])
         if norm == "linf":
             ends, size = (np.minimum(1 - u, radius), np.minimum(u, radius)), []
         else:
@@ -201,6 +200,19 @@ def test_rows_in_the_set_are_left_alone(data):
     assert torch.equal(again[others], inside[others])
     assert not torch.equal(again[3], inside[3])
     assert float(task.upper.norms(again).max()) <= 0.9 * (1 + 1e-12)
+
+
+def test_the_projection_of_the_released_code_is_feasible_but_not_the_nearest_point(data):
+    nearest, other = task_of(data, radius=0.9), task_of(data, radius=0.9, projection="ball_then_box")
+    images = other.upper.images
+    point = torch.randn(images.shape, generator=torch.Generator().manual_seed(5)).double()
+    found = other.upper.project(point)
+    for p, u, q in zip(point, images, found, strict=True):
+        torch.testing.assert_close(q, (0.9 * p / p.norm()).clamp(-u, 1 - u))
+    assert float(other.upper.norms(found).max()) < 0.9
+    best = nearest.upper.project(point)
+    assert float((best - point).square().sum()) < float((found - point).square().sum())
+    assert float(other.upper.norms(best).min()) > 0.9 - 1e-9
 
 
 def test_noise_is_feasible_and_large(data):
@@ -249,6 +261,7 @@ def test_without_images_there_is_no_projection():
         ({"radius": 0.0}, "Poisoning.radius must be a positive number, got 0"),
         ({"norm": "l3"}, "Poisoning.norm must be one of l2, l1, linf, got l3"),
         ({"ridge": -1.0}, "Poisoning.ridge must not be negative, got -1"),
+        ({"projection": "box"}, "Poisoning.projection must be nearest or ball_then_box, got box"),
     ],
 )
 def test_impossible_settings(settings, message):
