@@ -195,10 +195,12 @@ def test_rows_in_the_set_are_left_alone(data):
     inside = task.upper.project(torch.randn_like(task.upper.delta))
     moved = inside.clone()
     moved[3] += 5
+    moved[4] = -0.05  # of norm 0.4, but darker than black
     again = task.upper.project(moved)
-    others = torch.arange(len(moved)) != 3
+    others = (torch.arange(len(moved)) < 3) | (torch.arange(len(moved)) > 4)
     assert torch.equal(again[others], inside[others])
     assert not torch.equal(again[3], inside[3])
+    assert torch.equal(again[4], torch.full_like(again[4], -0.05).maximum(-task.upper.images[4]))
     assert float(task.upper.norms(again).max()) <= 0.9 * (1 + 1e-12)
 
 
