@@ -129,6 +129,20 @@ def test_shipped_poisoning_configs_run(name, tmp_path, monkeypatch, capsys):
     assert any(float(row["norm"]) > 0 for row in rows)
 
 
+@pytest.mark.data
+@pytest.mark.slow
+def test_an_iteration_of_the_poisoning_setting_touches_96_000_samples(real_data, monkeypatch):
+    """90 (300 + 300 + 300) of the lower level and 15,000 of the upper one, so that 2e6 last for 21 iterations."""
+    monkeypatch.setenv("BILEVEL_DATA_DIR", str(real_data("mnist")))
+    report = ["--trainer.callbacks=PoisoningReport", "--trainer.callbacks.steps=1"]
+    run("--config", "poisoning/mnist_bsgm", "--trainer.max_steps=1", *report)
+    module = torch.load(checkpoint(), weights_only=True)["state_dict"]
+    assert int(module["oracles"][-1]) == 96_000
+    norms = module["task.upper.delta"].flatten(1).norm(dim=1)
+    assert float(norms.max()) <= 5 + 1e-5
+    assert 0.4 < float((norms > 0).float().mean()) < 0.7  # 1 - exp(-0.6) of the images are among those drawn
+
+
 @pytest.mark.parametrize("name", of_task("few_shot"))
 def test_shipped_few_shot_configs_run(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("BILEVEL_DATA_DIR", str(tmp_path / "data"))
