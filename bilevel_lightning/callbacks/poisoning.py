@@ -13,6 +13,7 @@ from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 from typing_extensions import override
 
 from bilevel_lightning.errors import positive
@@ -30,15 +31,22 @@ def _data(trainer: Trainer) -> Any:
 class PoisonedImages(Callback):
     """Images that are perturbed most, clean, the difference, poisoned: in TensorBoard and, at the end, as a PNG.
 
-    Of the perturbations with the largest norms. The difference is shown on a scale of its own, from blue for darker
-    over white to red for brighter; of colour images its mean over the channels.
+    Of each class the largest perturbation, then of each the second, and so on. The difference is on a scale of its own,
+    from blue for darker over white to red for brighter; of colour images its mean over the channels.
 
     Args:
-        images: how many, one column each. Default 8.
+        images: how many, one column each. Default 10.
     """
 
-    def __init__(self, images: int = 8) -> None:
+    def __init__(self, images: int = 10) -> None:
         self.images = int(positive("PoisonedImages.images", images))
+
+    def chosen(self, norms: Tensor, labels: Tensor) -> Tensor:
+        """Returns the numbers of the images that are shown, of all classes in turn, the largest norms first."""
+        order = norms.argsort(descending=True, stable=True)
+        of_class = one_hot(labels[order])
+        rank = (of_class.cumsum(0) * of_class).sum(1)  # 1 for the largest of its class
+        return order[rank.argsort(stable=True)[: self.images]]
 
     @torch.no_grad()
     def figure(self, trainer: Trainer, pl_module: LightningModule) -> Figure:
@@ -46,7 +54,7 @@ class PoisonedImages(Callback):
         task: Any = pl_module.hooks
         images, labels, _ = _data(trainer).poisoned
         norms = task.upper.norms().float().cpu()
-        order = norms.argsort(descending=True, stable=True)[: self.images]
+        order = self.chosen(norms, labels)
         clean, delta = images[order], task.upper.delta.detach()[order.to(task.upper.delta.device)].float().cpu()
         figure = Figure(figsize=(1.2 * len(order) + 0.8, 4.4), layout="constrained")
         figure.suptitle(f"Largest perturbations after {trainer.global_step} upper iterations: label, norm", size=10)

@@ -132,6 +132,13 @@ def test_retraining_in_minibatches(run):
     torch.testing.assert_close(small.retrain(module.task, images, labels)[1].weight, expected[1].weight)
 
 
+def test_the_pictures_show_all_classes_in_turn():
+    norms = torch.tensor([0.1, 0.9, 0.8, 0.7, 0.2, 0.0])
+    labels = torch.tensor([2, 1, 1, 1, 0, 0])
+    assert PoisonedImages(5).chosen(norms, labels).tolist() == [1, 4, 0, 2, 5]
+    assert PoisonedImages(9).chosen(norms, labels).tolist() == [1, 4, 0, 2, 5, 3]
+
+
 def test_callbacks_of_the_trainer_replace_the_task_s_own(run):
     _, _, loop, report = run
     assert [c for c in loop.callbacks if isinstance(c, PoisoningReport)] == [report]
