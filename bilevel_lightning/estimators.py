@@ -90,7 +90,7 @@ class MovingAverage(Estimator):
     r"""d_k = (1 - theta) d_{k-1} + theta phi(u_k), for the direction of x; those of y and v are plain.
 
     Args:
-        theta: weight of the newest, in (0, 1], or a schedule over the iterations. Default 0.1.
+        theta: weight of the newest, in (0, 1], or a schedule over the iterations. Default 0.5.
 
     Raises:
         BilevelError: if theta is out of its range.
@@ -100,7 +100,7 @@ class MovingAverage(Estimator):
         Smoothness Conditions. JMLR 2024.
     """
 
-    def __init__(self, theta: float | Schedule = 0.1) -> None:
+    def __init__(self, theta: float | Schedule = 0.5) -> None:
         self.theta = _weight("MovingAverage.theta", theta)
 
     @override

@@ -37,7 +37,7 @@ class BSGM(AID):
     Where v diverges, the iteration falls back to K = 0 with a warning: v = rho_0 f_y.
 
     Args:
-        lower_steps: T, or a schedule over s, rounded up. Default 20.
+        lower_steps: T, or a schedule over s, rounded up. Default 50.
         linear_steps: K, or a schedule. Default T.
         cross_samples: J, or a schedule. Default K, or 1 where K is 0.
         linear_lr: rho, or a schedule over j. Default: the step size of ``dynamics``, with its schedule; 1 for a Phi.
@@ -61,7 +61,7 @@ class BSGM(AID):
     def __init__(
         self,
         *,
-        lower_steps: Count = 20,
+        lower_steps: Count = 50,
         linear_steps: Count | None = None,
         cross_samples: Count | None = None,
         linear_lr: float | Schedule | None = None,

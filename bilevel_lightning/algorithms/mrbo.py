@@ -108,14 +108,14 @@ class VRBO(MRBO):
 
     Args:
         estimator: default `SARAH`, period 10.
-        lower_steps: T. Default 10.
+        lower_steps: T. Default 3.
         **kwargs: settings of `MRBO`.
 
     References:
         J. Yang, K. Ji, Y. Liang. Provably Faster Algorithms for Bilevel Optimization. NeurIPS 2021.
     """
 
-    def __init__(self, *, estimator: SARAH = SARAH(10), lower_steps: int = 10, **kwargs: Any) -> None:  # noqa: B008
+    def __init__(self, *, estimator: SARAH = SARAH(10), lower_steps: int = 3, **kwargs: Any) -> None:  # noqa: B008
         super().__init__(estimator=estimator, lower_steps=lower_steps, **kwargs)
 
     @override

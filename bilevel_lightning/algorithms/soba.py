@@ -4,6 +4,8 @@ from abc import ABC
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from pytorch_lightning.cli import OptimizerCallable
 from typing_extensions import override
 
 from bilevel_lightning import tree
@@ -93,7 +95,9 @@ class SOBA(Estimated):
     Args:
         estimator: of the three directions. Default `Plain`.
         linear_lr: rho', or a schedule over the upper iterations. Default lower_lr.
-        lower_lr: rho, or a schedule over the upper iterations. Default 0.1.
+        lower_lr: rho, or a schedule over the upper iterations. Default 0.2.
+        upper_optimizer: as in `BilevelModule`. Default SGD with step size 0.02: y and v lag behind x, so that its step
+            times the curvature of f(x, y*(x)) must be well below rho times that of g; for Adam, lower its step.
         **kwargs: settings of `SingleLoop`. In the paper the steps of y, v and x fall as ``(k + 1)^{-1/2}``.
 
     References:
@@ -106,9 +110,11 @@ class SOBA(Estimated):
         *,
         estimator: Estimator = Plain(),  # noqa: B008 (a value: it has no state)
         linear_lr: float | Schedule | None = None,
+        lower_lr: float | Schedule = 0.2,
+        upper_optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.02),
         **kwargs: Any,
     ) -> None:
-        super().__init__(estimator=estimator, **kwargs)
+        super().__init__(estimator=estimator, lower_lr=lower_lr, upper_optimizer=upper_optimizer, **kwargs)
         self.linear_lr = self.lower_lr if linear_lr is None else scheduled("linear_lr", linear_lr)
 
     @override
@@ -149,7 +155,7 @@ class MASOBA(SOBA):
     r"""MA-SOBA: `SOBA` whose direction of x is a moving average.
 
     Args:
-        estimator: default `MovingAverage`, theta = 0.1.
+        estimator: default `MovingAverage`, theta = 0.5.
         **kwargs: settings of `SOBA`.
 
     References:

@@ -16,6 +16,7 @@ class StocBiO(BSGM):
         linear_steps: K. Default 10; both as in M. Dagréou et al., "A framework for bilevel optimization that enables
             stochastic and global variance reduction algorithms", NeurIPS 2022.
         cross_samples: J. Default 1.
+        warm_start: as in `BilevelModule`. Default True.
         **kwargs: settings of `BSGM`.
 
     References:
