@@ -11,6 +11,7 @@ from bilevel_lightning.datamodules.mini_imagenet import MiniImageNet
 from bilevel_lightning.datamodules.mnist import FashionMNISTCleaning, MNISTCleaning
 from bilevel_lightning.datamodules.nothing import NoData
 from bilevel_lightning.datamodules.omniglot import Omniglot
+from bilevel_lightning.datamodules.poisoning import CIFAR10Poisoning, DigitsPoisoning, MNISTPoisoning, PoisoningData
 from bilevel_lightning.datamodules.selection import (
     LIBSVMData,
     LinearData,
@@ -24,9 +25,11 @@ from bilevel_lightning.datamodules.tiered_imagenet import TieredImageNet
 
 __all__ = [
     "CIFAR10Cleaning",
+    "CIFAR10Poisoning",
     "CleaningData",
     "DigitsCleaning",
     "DigitsEquilibrium",
+    "DigitsPoisoning",
     "EpisodicDataModule",
     "EquilibriumData",
     "FashionMNISTCleaning",
@@ -35,10 +38,12 @@ __all__ = [
     "LinearData",
     "MNISTCleaning",
     "MNISTEquilibrium",
+    "MNISTPoisoning",
     "MiniImageNet",
     "Newsgroups",
     "NoData",
     "Omniglot",
+    "PoisoningData",
     "SampleIndices",
     "Sinusoid",
     "SyntheticLinear",

@@ -5,6 +5,7 @@ from bilevel_lightning.callbacks.cleaning import CleaningReport, SuspiciousImage
 from bilevel_lightning.callbacks.equilibrium import UpperStationarity
 from bilevel_lightning.callbacks.few_shot import AdaptationCurve, EpisodeFigure, FewShotReport, RegressionFigure
 from bilevel_lightning.callbacks.numerical import PathFigure, SolutionError
+from bilevel_lightning.callbacks.poisoning import PoisonedImages, PoisoningReport
 from bilevel_lightning.callbacks.stopping import ResidualStopping
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "EpisodeFigure",
     "FewShotReport",
     "PathFigure",
+    "PoisonedImages",
+    "PoisoningReport",
     "RegressionFigure",
     "ResidualStopping",
     "SampleBudget",

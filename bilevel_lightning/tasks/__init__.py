@@ -15,6 +15,7 @@ from bilevel_lightning.tasks.numerical import (
     SinProblem,
     StronglyConvex,
 )
+from bilevel_lightning.tasks.poisoning import Poisoning
 from bilevel_lightning.tasks.selection import PenaltySelection, QuadraticSum
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "NumericalTask",
     "PBGDToy",
     "PenaltySelection",
+    "Poisoning",
     "QuadraticSum",
     "SinProblem",
     "SineSum",

@@ -58,7 +58,7 @@ def of_task(task):
 
 
 def test_every_shipped_config_is_run_here():
-    tasks = ("equilibrium", "few_shot", "hyper_cleaning", "numerical", "selection")
+    tasks = ("equilibrium", "few_shot", "hyper_cleaning", "numerical", "poisoning", "selection")
     assert sorted(name for task in tasks for name in of_task(task)) == shipped_configs()
 
 
@@ -96,6 +96,51 @@ def test_shipped_cleaning_configs_run(name, tmp_path, monkeypatch):
     assert [row for row in rows if row["report/learnt_weights"]]
     assert list(folder.glob("events.out.tfevents.*"))
     assert (folder / "suspicious_images.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", of_task("poisoning"))
+def test_shipped_poisoning_configs_run(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("BILEVEL_DATA_DIR", str(tmp_path))
+    files.mnist(tmp_path)
+    files.cifar_folders(tmp_path, train=120)
+    text = Path(config_path(name)).read_text()
+    small = ["--model.lower_steps=3", "--trainer.max_steps=2", "--data.epoch_length=1"]
+    if "digits" not in name:
+        small += ["--model.task.samples=18", "--data.samples=120"]
+    if "lower_batch_size" in text:
+        small += ["--data.lower_batch_size=16"]
+    if "truncation" in text:
+        small += ["--model.truncation=2"]
+    run("--config", name, *small, "--trainer.callbacks=PoisoningReport", "--trainer.callbacks.steps=2")
+    folder = Path("runs") / name / "version_0"
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len([row for row in rows if row["train/upper_loss"]]) == 2
+    assert [row for row in rows if row["report/random_noise/test_accuracy"]]
+    assert float(rows[-1]["report/poisoned_images/norm"]) > 0
+    assert (folder / "poisoned_images.png").stat().st_size > 1000
+    assert "What training on the poisoned images costs" in capsys.readouterr().out
+    (path,) = folder.rglob("*.ckpt")
+    run("predict", "--ckpt_path", str(path), "--trainer.default_root_dir", "predicted")
+    (table,) = Path("predicted").rglob("predictions.csv")
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["index", "label", "predicted_clean", "predicted", "norm"]
+    assert any(float(row["norm"]) > 0 for row in rows)
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_an_iteration_of_the_poisoning_setting_touches_96_000_samples(real_data, monkeypatch):
+    """90 (300 + 300 + 300) of the lower level and 15,000 of the upper one, so that 2e6 last for 21 iterations."""
+    monkeypatch.setenv("BILEVEL_DATA_DIR", str(real_data("mnist")))
+    report = ["--trainer.callbacks=PoisoningReport", "--trainer.callbacks.steps=1"]
+    run("--config", "poisoning/mnist_bsgm", "--trainer.max_steps=1", *report)
+    module = torch.load(checkpoint(), weights_only=True)["state_dict"]
+    assert int(module["oracles"][-1]) == 96_000
+    norms = module["task.upper.delta"].flatten(1).norm(dim=1)
+    assert float(norms.max()) <= 5 + 1e-5
+    assert 0.4 < float((norms > 0).float().mean()) < 0.7  # 1 - exp(-0.6) of the images are among those drawn
 
 
 @pytest.mark.parametrize("name", of_task("few_shot"))
