@@ -11,6 +11,7 @@ from bilevel_lightning.hypergradients import implicit
 from bilevel_lightning.linear_solvers import ConjugateGradient, FixedPointIteration, LinearSolver, Neumann
 from bilevel_lightning.module import BilevelModule, Step
 from bilevel_lightning.problem import BilevelProblem
+from bilevel_lightning.task import Draws
 from bilevel_lightning.tree import Params
 
 
@@ -66,11 +67,11 @@ class AID(BilevelModule):
         self.linear_solver, self.warm_start_linear = linear_solver, warm_start_linear
 
     @override
-    def initial_state(self, y: Params) -> dict[str, Params]:
+    def initial_state(self, x: Params, y: Params) -> dict[str, Params]:
         return {"v": {name: torch.zeros_like(t) for name, t in y.items()}} if self.warm_start_linear else {}
 
     @override
-    def minibatches(self, k: int) -> tuple[int, int]:
+    def minibatches(self, k: int) -> tuple[Draws, Draws]:
         return self.lower_steps + self.linear_solver.samples + 1, 1
 
     @override
