@@ -4,11 +4,12 @@ import torch
 from torchvision import datasets
 from typing_extensions import override
 
-from bilevel_lightning.datamodules.cleaning import CleaningData, Source
+from bilevel_lightning.datamodules.cleaning import CleaningData
+from bilevel_lightning.datamodules.images import ImageData, Source
 
 
-class CIFAR10Cleaning(CleaningData):
-    """Hyper-cleaning of CIFAR-10.
+class CIFAR10Files(ImageData):
+    """CIFAR-10.
 
     Read from ``root/cifar-10-batches-py`` (torchvision's layout), else from the class folders
     ``root/cifar10/{train,test}/<class>/*`` with any image files; only the selected images are decoded.
@@ -33,3 +34,7 @@ class CIFAR10Cleaning(CleaningData):
             names = f"{datasets.CIFAR10.filename} unpacked, or class folders in {folder}"
             raise self.missing(batches, names, error) from error
         return Source(data.data, torch.tensor(data.targets))
+
+
+class CIFAR10Cleaning(CIFAR10Files, CleaningData):
+    """Hyper-cleaning of CIFAR-10, from ``root/cifar-10-batches-py`` or ``root/cifar10`` (`CIFAR10Files`)."""

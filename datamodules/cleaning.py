@@ -1,31 +1,19 @@
 """Data hyper-cleaning: a training set with wrong labels (lower level), a small clean set (upper level), a test set."""
 
-import os
 import random
-from abc import abstractmethod
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import default_loader
 from typing_extensions import override
 
+from bilevel_lightning.datamodules.images import ImageData
 from bilevel_lightning.datamodules.iterations import Whole
-from bilevel_lightning.datamodules.levels import Samples, TwoLevelData
+from bilevel_lightning.datamodules.levels import Samples
 from bilevel_lightning.errors import BilevelError
 
 
-class Source(NamedTuple):
-    """Images and labels of one file set: images are uint8 arrays or file names, decoded only when selected."""
-
-    images: Any
-    labels: Tensor
-
-
-class CleaningData(TwoLevelData):
+class CleaningData(ImageData):
     r"""Base of the hyper-cleaning data modules.
 
     A shuffle with ``seed`` gives the first ``train_samples`` images to the lower level, the next ``val_samples`` to the
@@ -64,10 +52,6 @@ class CleaningData(TwoLevelData):
         BilevelError: if a setting is impossible or the data are missing or damaged.
     """
 
-    image_shape: tuple[int, int, int]
-    classes = 10
-    grey_levels = 255.0
-
     def __init__(
         self,
         root: str | None = None,
@@ -97,16 +81,10 @@ class CleaningData(TwoLevelData):
             raise BilevelError(f"data.noise_rate must be in [0, 1), got {noise_rate}.")
         if round(noise_rate * train_samples) == train_samples > 0:
             raise BilevelError(f"data.noise_rate={noise_rate} leaves no right label of {train_samples}; lower it.")
-        super().__init__(lower_batch_size, upper_batch_size, epoch_length, seed)
+        super().__init__(root, download, lower_batch_size, upper_batch_size, epoch_length, seed)
         self.save_hyperparameters()
-        self.root = Path(root or os.environ.get("BILEVEL_DATA_DIR", "data")).expanduser()
-        self.download = download
         self.train_samples, self.val_samples, self.noise_rate = train_samples, val_samples, noise_rate
         self.label_noise, self.test_split = label_noise, test_split
-
-    @abstractmethod
-    def source(self, train: bool) -> Source:
-        """Returns the training or the official test file set."""
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -123,30 +101,15 @@ class CleaningData(TwoLevelData):
                 f"data.train_samples={n} and data.val_samples={m} leave no test image of the {len(order)} images that "
                 f"{type(self).__name__} has; lower them."
             )
-        images, self.true_labels = self._take(source, order[:n])
+        images, self.true_labels = self.take(source, order[:n])
         labels, self.clean = self._corrupt(rng, self.true_labels)
         self.train = (images, labels, torch.arange(n))
-        self.val = self._take(source, order[n : n + m])
+        self.val = self.take(source, order[n : n + m])
         if self.test_split == "train":
-            self.test = self._take(source, rest)
+            self.test = self.take(source, rest)
         else:
             official = self.source(train=False)
-            self.test = self._take(official, range(len(official.labels)))
-
-    def _take(self, source: Source, index: Sequence[int]) -> tuple[Tensor, Tensor]:
-        chosen = [source.images[i] for i in index]
-        if chosen and isinstance(chosen[0], str):
-            chosen = [default_loader(name) for name in chosen]
-        images = torch.from_numpy(np.stack([np.asarray(image) for image in chosen]))
-        images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
-        images = images.contiguous().float() / self.grey_levels
-        broken = (~torch.isfinite(images)).flatten(1).any(1).nonzero().flatten()
-        if len(broken):
-            raise BilevelError(
-                f"{type(self).__name__}: {len(broken)} images hold NaN or Inf, the first is number "
-                f"{index[int(broken[0])]} of its file; repair or remove them."
-            )
-        return images, source.labels[list(index)]
+            self.test = self.take(official, range(len(official.labels)))
 
     def _corrupt(self, rng: random.Random, labels: Tensor) -> tuple[Tensor, Tensor]:
         n = len(labels)
@@ -176,11 +139,3 @@ class CleaningData(TwoLevelData):
     @override
     def predict_dataloader(self) -> Whole:
         return Whole(self.train)
-
-    def missing(self, folder: Path, names: str, error: Exception) -> BilevelError:
-        """Returns the error that says which files are expected where."""
-        reason = f"downloading failed ({error})" if self.download else "data.download is false"
-        return BilevelError(
-            f"{type(self).__name__} found no complete data in {folder}, and {reason}. Put {names} there, set data.root "
-            "or the environment variable BILEVEL_DATA_DIR, or allow data.download."
-        )

@@ -5,10 +5,25 @@ from typing import Literal
 import torch
 from typing_extensions import override
 
-from bilevel_lightning.datamodules.cleaning import CleaningData, Source
+from bilevel_lightning.datamodules.cleaning import CleaningData
+from bilevel_lightning.datamodules.images import ImageData, Source
 
 
-class DigitsCleaning(CleaningData):
+class DigitsFiles(ImageData):
+    """Scikit-learn's 8x8 digits, which come with that package: 1,797 images in one file set."""
+
+    image_shape = (1, 8, 8)
+    grey_levels = 16.0
+
+    @override
+    def source(self, train: bool) -> Source:
+        from sklearn.datasets import load_digits  # takes a second to import, so only where it is needed
+
+        digits = load_digits()
+        return Source(digits.images, torch.from_numpy(digits.target))
+
+
+class DigitsCleaning(DigitsFiles, CleaningData):
     """Hyper-cleaning of scikit-learn's 8x8 digits, which come with that package: 1,797 images, no download.
 
     Images that belong to neither level are the test set (597 with the defaults).
@@ -23,9 +38,6 @@ class DigitsCleaning(CleaningData):
         seed: as in `CleaningData`.
         label_noise: as in `CleaningData`.
     """
-
-    image_shape = (1, 8, 8)
-    grey_levels = 16.0
 
     def __init__(
         self,
@@ -49,10 +61,3 @@ class DigitsCleaning(CleaningData):
             label_noise=label_noise,
             test_split="train",
         )
-
-    @override
-    def source(self, train: bool) -> Source:
-        from sklearn.datasets import load_digits  # takes a second to import, so only where it is needed
-
-        digits = load_digits()
-        return Source(digits.images, torch.from_numpy(digits.target))

@@ -4,12 +4,13 @@ from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 from typing_extensions import override
 
-from bilevel_lightning.datamodules.cleaning import CleaningData, Source
+from bilevel_lightning.datamodules.cleaning import CleaningData
+from bilevel_lightning.datamodules.images import ImageData, Source
 from bilevel_lightning.errors import BilevelError
 
 
-class MNISTCleaning(CleaningData):
-    """Hyper-cleaning of MNIST, read from ``root/MNIST/raw`` (torchvision's layout)."""
+class MNISTFiles(ImageData):
+    """MNIST, or a set of the same form, in ``root/<name>/raw`` (torchvision's layout)."""
 
     image_shape = (1, 28, 28)
     dataset: type[datasets.MNIST] = datasets.MNIST
@@ -30,6 +31,10 @@ class MNISTCleaning(CleaningData):
             names = ", ".join(name for name, _ in self.dataset.resources)
             raise self.missing(folder, names, error) from error
         return Source(data.data, data.targets)
+
+
+class MNISTCleaning(MNISTFiles, CleaningData):
+    """Hyper-cleaning of MNIST, read from ``root/MNIST/raw`` (torchvision's layout)."""
 
 
 class FashionMNISTCleaning(MNISTCleaning):

@@ -1,6 +1,8 @@
-"""What a second process of the distributed tests runs."""
+"""What the processes of the distributed tests run."""
 
-import os
+import json
+import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -8,6 +10,7 @@ import torch.distributed as dist
 from problems import Nonlinear
 
 from bilevel_lightning import Momentum, tree
+from bilevel_lightning.cli import fit
 from bilevel_lightning.distributed import agree, mean_over_processes
 from bilevel_lightning.hypergradients import random_forward, reverse
 from bilevel_lightning.problem import bind
@@ -47,7 +50,14 @@ def hypergradients(rows):
 def worker(rank: int, folder: str) -> None:
     """One of two processes, with half of the twelve rows."""
     torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.save(hypergradients(torch.arange(12)[rank::2]), Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    group = {"init_method": f"file://{folder}/meet", "rank": rank, "world_size": 2, "timeout": timedelta(minutes=2)}
+    dist.init_process_group("gloo", **group)
+    try:
+        torch.save(hypergradients(torch.arange(12)[rank::2]), Path(folder) / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":  # several command lines one after the other; Lightning starts the second process with it
+    for args in json.loads(sys.argv[1]):
+        fit(args)

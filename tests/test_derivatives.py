@@ -451,17 +451,23 @@ def test_all_gradients_are_zero(name, dynamics):
 
 @pytest.mark.parametrize("name", EXACT)
 def test_one_lower_variable(name):
-    """x = y = 2, lr = 1: one step solves g = y^2 / 2 - x y, and the hypergradient is x - 1 + y* = 3."""
+    """x = y = 2, lr = 1: one step solves g = y^2 / 2 - x y, and the hypergradient is x - 1 + y* = 3.
+
+    That of PZOBO is x - 1 + y* mean u^2 with its Gaussian u, whose mean square tends to 1.
+    """
     settings = {
         "FG2U": {"directions": 1},
-        "PZOBO": {"directions": 100_000},
+        "PZOBO": {"directions": 50},
         "TRHG": {"truncation": 1},
         "Nystrom": {"linear_solver": linear_solvers.Nystrom(1, damping=1e-8)},
     }.get(name, {})
     torch.manual_seed(0)
     found = hypergradient(ScalarStronglyConvex(), method=name, dynamics=GradientDescent(1.0), lower_steps=2, **settings)
     assert found["x"].shape == ()
-    assert float(found["x"]) == pytest.approx(3.0, abs={"PZOBO": 0.02, "Nystrom": 1e-7}.get(name, 1e-9))
+    torch.manual_seed(0)
+    draws = torch.stack([torch.randn((), dtype=torch.float64) for _ in range(50)])
+    exact = 1 + 2 * float(draws.square().mean()) if name == "PZOBO" else 3.0
+    assert float(found["x"]) == pytest.approx(exact, abs=1e-7 if name == "Nystrom" else 1e-9)
 
 
 @pytest.mark.parametrize("steps", [1, 5])

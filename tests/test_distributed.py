@@ -1,18 +1,84 @@
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
-from processes import hypergradients, worker
+
+from bilevel_lightning.cli import fit
 
 TINY = str(Path(__file__).parent / "configs" / "tiny.yaml")
+COMMON = [
+    "--trainer.max_steps=4", "--trainer.accelerator=cpu", "--trainer.precision=64-true",
+    "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
+]  # fmt: skip
+DIGITS = ["--config", "hyper_cleaning/digits_trhg", "--config", TINY, *COMMON]
+MINIBATCHES = [*DIGITS, "--data.lower_batch_size=20", "--data.upper_batch_size=10"]
 
 
-def test_two_processes_with_half_the_batch_are_one_with_all_of_it(tmp_path):
-    torch.multiprocessing.spawn(worker, (str(tmp_path),), nprocs=2)
-    whole = hypergradients(torch.arange(12))
+def episodes(model):
+    return [
+        "--config", "few_shot/sinusoid_maml", "--model", model, *COMMON, "--data.val_episodes=6",
+        "--data.test_episodes=8", "--data.epoch_length=2", "--trainer.log_every_n_steps=1",
+    ]  # fmt: skip
+
+
+# a digits equilibrium whose states are stored by sample
+STORED = [
+    "--config", "equilibrium/digits", *COMMON, "--trainer.max_steps=12", "--model.task.stored_states=1000",
+    "--data.epoch_length=12", "--data.evaluation_batch_size=60",
+]  # fmt: skip
+
+
+def alone(name, *more):
+    return ["--trainer.devices=1", f"--trainer.default_root_dir={name}", *more]
+
+
+def shared(name, *more):
+    return ["--trainer.devices=2", "--trainer.strategy=ddp", f"--trainer.default_root_dir={name}", *more]
+
+
+FOUR = ["--data.episodes_per_batch=4", "--model.episodes_at_once=4"]
+TWO_EACH = ["--data.episodes_per_batch=2", "--model.episodes_at_once=1"]
+
+
+def output(*command):
+    """Returns what a command prints; it must succeed."""
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def weights(name):
+    (path,) = Path(name).rglob("*.ckpt")
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def assert_same_weights(one, two, apart=()):
+    """Compares checkpoints but for the names ``apart``."""
+    one, two = ({name: t for name, t in weights(run).items() if name not in apart} for run in (one, two))
+    for name, value in one.items():
+        assert value.dtype in (torch.float64, torch.int64)
+        torch.testing.assert_close(two[name], value, rtol=1e-10, atol=1e-12)
+
+
+def logged(name):
+    (metrics,) = Path(name).rglob("metrics.csv")
+    with metrics.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_two_processes_with_half_the_batch_are_one_with_all_of_it(tmp_path, monkeypatch):
+    """This process is the second."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    first = torch.multiprocessing.spawn(processes.worker, (str(tmp_path),), nprocs=1, join=False)
+    processes.worker(1, str(tmp_path))
+    while not first.join():
+        pass
+    whole = processes.hypergradients(torch.arange(12))
     for rank in (0, 1):
         for part, want in zip(torch.load(tmp_path / f"{rank}.pt"), whole, strict=True):
             for name, value in want.items():
@@ -20,63 +86,46 @@ def test_two_processes_with_half_the_batch_are_one_with_all_of_it(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batches", [[], ["--data.lower_batch_size=20", "--data.upper_batch_size=10"]])
-def test_the_command_line_on_two_processes(tmp_path, batches):
+def test_the_command_line_on_two_processes(tmp_path, monkeypatch):
     """The same weights from one process and from two under Lightning's DDP, in float64."""
-    command = [
-        sys.executable, "-m", "bilevel_lightning", "--config", "hyper_cleaning/digits_trhg", "--config", TINY, *batches,
-        "--trainer.max_steps=4", "--trainer.accelerator=cpu", "--trainer.precision=64-true",
-        "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
-    ]  # fmt: skip
-    states = []
-    for name, extra in (("one", ["--trainer.devices=1"]), ("two", ["--trainer.devices=2", "--trainer.strategy=ddp"])):
-        done = subprocess.run(
-            [*command, *extra, f"--trainer.default_root_dir={name}"],
-            cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("clean samples only") == 1
-        (path,) = (tmp_path / name).rglob("*.ckpt")
-        states.append(torch.load(path, weights_only=True)["state_dict"])
-    for name, value in states[0].items():
-        assert value.dtype in (torch.float64, torch.int64)
-        torch.testing.assert_close(states[1][name], value, rtol=1e-10, atol=1e-12)
+    monkeypatch.chdir(tmp_path)
+    fit([*DIGITS, *alone("one")])
+    assert output("-m", "bilevel_lightning", *DIGITS, *shared("two")).count("clean samples only") == 1
+    assert_same_weights("one", "two")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["MAML", "IAPTTGM"])
-def test_episodes_on_two_processes(tmp_path, model):
-    """Two processes of 2 episodes are one of 4: the same weights, the same mean and interval of all test episodes."""
-    command = [
-        sys.executable, "-m", "bilevel_lightning", "--config", "few_shot/sinusoid_maml", "--model", model,
-        "--data.val_episodes=6", "--data.test_episodes=8", "--data.epoch_length=2", "--trainer.max_steps=4",
-        "--trainer.log_every_n_steps=1", "--trainer.accelerator=cpu", "--trainer.precision=64-true",
-        "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
-    ]  # fmt: skip
-    states, rows = [], []
-    for name, extra in (
-        ("one", ["--trainer.devices=1", "--data.episodes_per_batch=4", "--model.episodes_at_once=4"]),
-        (
-            "two",
-            [
-                "--trainer.devices=2", "--trainer.strategy=ddp", "--data.episodes_per_batch=2",
-                "--model.episodes_at_once=1",
-            ],
-        ),
-    ):  # fmt: skip
-        done = subprocess.run(
-            [*command, *extra, f"--trainer.default_root_dir={name}"],
-            cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        (path,) = (tmp_path / name).rglob("*.ckpt")
-        states.append(torch.load(path, weights_only=True)["state_dict"])
-        (metrics,) = (tmp_path / name).rglob("metrics.csv")
-        with metrics.open() as file:
-            rows.append(list(csv.DictReader(file)))
-    for name, value in states[0].items():
-        torch.testing.assert_close(states[1][name], value, rtol=1e-10, atol=1e-12)
-    for key in ("train/upper_loss", "train/hypergradient_norm", "val/mse", "val/mse_ci95", "test/mse", "test/mse_ci95"):
+def test_minibatches_and_episodes_on_two_processes(tmp_path, monkeypatch):
+    """Two processes of 2 episodes are one of 4: the same weights, the same mean and interval of all test episodes.
+
+    So are two with half of each minibatch of states, which are stored by sample.
+    """
+    monkeypatch.chdir(tmp_path)
+    models = ("MAML", "IAPTTGM")
+    fit([*MINIBATCHES, *alone("one")])
+    for model in models:
+        fit([*episodes(model), *alone(f"{model}/one", *FOUR)])
+    fit([*STORED, *alone("stored/one")])
+    runs = [[*episodes(model), *shared(f"{model}/two", *TWO_EACH)] for model in models]
+    runs.append([*STORED, *shared("stored/two")])
+    printed = output(processes.__file__, json.dumps([[*MINIBATCHES, *shared("two")], *runs]))
+    assert printed.count("clean samples only") == 1
+    assert_same_weights("one", "two")
+    for model in models:
+        assert_same_weights(f"{model}/one", f"{model}/two")
+        rows = [logged(f"{model}/{name}") for name in ("one", "two")]
+        for key in (
+            "train/upper_loss", "train/hypergradient_norm", "val/mse", "val/mse_ci95", "test/mse", "test/mse_ci95",
+        ):  # fmt: skip
+            one, two = ([float(row[key]) for row in found if row[key]] for found in rows)
+            assert len(one) > 0
+            assert two == pytest.approx(one, rel=1e-5), (model, key)
+    assert_same_weights("stored/one", "stored/two", ["oracles"])
+    one, two = weights("stored/one"), weights("stored/two")
+    assert one["task.stored"].abs().amax(1).all()
+    assert torch.equal(one["oracles"][-1], two["oracles"][-1])  # samples
+    assert torch.equal(2 * one["oracles"][:-1], two["oracles"][:-1])  # of two problems
+    rows = [logged(f"stored/{name}") for name in ("one", "two")]
+    for key in ("val/accuracy", "val/accuracy_ci95", "val/hg_norm", "val/prox_map_norm", "test/upper_loss"):
         one, two = ([float(row[key]) for row in found if row[key]] for found in rows)
-        assert len(one) > 0
         assert two == pytest.approx(one, rel=1e-5), key

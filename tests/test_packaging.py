@@ -62,7 +62,8 @@ def test_wheel_from_sdist_runs_a_shipped_config_elsewhere(tmp_path):
     site = command(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
     command(sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target", site, wheel)
     environment = {**os.environ, "PYTHONPATH": sysconfig.get_path("purelib"), "OMP_NUM_THREADS": "1"}
-    where = command(python, "-c", "import bilevel_lightning as b; print(b.__file__)", cwd=tmp_path, env=environment)
+    find = "from importlib.util import find_spec as find; print(find('bilevel_lightning').origin)"
+    where = command(python, "-c", find, cwd=tmp_path, env=environment)
     assert where.strip().startswith(site)
     output = command(
         python, "-m", "bilevel_lightning", "--config", "hyper_cleaning/digits_trhg", "--trainer.max_steps", "2",

@@ -2,8 +2,10 @@
 
 from bilevel_lightning.callbacks.budget import SampleBudget
 from bilevel_lightning.callbacks.cleaning import CleaningReport, SuspiciousImages, WeightHistogram
+from bilevel_lightning.callbacks.equilibrium import UpperStationarity
 from bilevel_lightning.callbacks.few_shot import AdaptationCurve, EpisodeFigure, FewShotReport, RegressionFigure
 from bilevel_lightning.callbacks.numerical import PathFigure, SolutionError
+from bilevel_lightning.callbacks.poisoning import PoisonedImages, PoisoningReport
 from bilevel_lightning.callbacks.stopping import ResidualStopping
 
 __all__ = [
@@ -12,10 +14,13 @@ __all__ = [
     "EpisodeFigure",
     "FewShotReport",
     "PathFigure",
+    "PoisonedImages",
+    "PoisoningReport",
     "RegressionFigure",
     "ResidualStopping",
     "SampleBudget",
     "SolutionError",
     "SuspiciousImages",
+    "UpperStationarity",
     "WeightHistogram",
 ]

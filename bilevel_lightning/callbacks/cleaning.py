@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from typing_extensions import override
 
+from bilevel_lightning.callbacks.pictures import Picture, draw
 from bilevel_lightning.errors import positive
 
 
@@ -63,21 +64,15 @@ class SuspiciousImages(Callback):
         images, labels, index = data.train
         weights = pl_module.hooks.upper(index.to(pl_module.device)).cpu()  # type: ignore[union-attr, operator]
         order = weights.argsort()[: self.images]
-        rows = -(-len(order) // 8)
-        figure = Figure(figsize=(9, 1.35 * rows + 0.6), layout="constrained")
         step = trainer.global_step
-        figure.suptitle(
-            f"Smallest weights after {step} upper iterations: label given, weight (✗: the label is wrong)", size=10
-        )
-        for axis, i in zip(
-            figure.subplots(rows, 8, squeeze=False).flat, [*order, *[None] * (rows * 8 - len(order))], strict=True
-        ):
-            axis.axis("off")
-            if i is not None:
-                axis.imshow(images[i].permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1)
-                mark, color = ("", "black") if data.clean[i] else (" ✗", "#c1272d")
-                axis.set_title(f"{int(labels[i])}, {weights[i]:.3f}{mark}", size=9, color=color)
-        return figure
+        title = f"Smallest weights after {step} upper iterations: label given, weight (✗: the label is wrong)"
+
+        def picture(i: Tensor) -> Picture:
+            mark, color = ("", "black") if data.clean[i] else (" ✗", "#c1272d")
+            return Picture(images[i], f"{int(labels[i])}, {weights[i]:.3f}{mark}", color)
+
+        rows = [[picture(i) for i in row] for row in order.split(8)]
+        return draw(rows, title, cmap="gray", size=(1.08, 1.35))
 
     @override
     @rank_zero_only

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor
 from typing_extensions import override
 
+from bilevel_lightning.callbacks.pictures import Picture, draw
 from bilevel_lightning.errors import positive
 from bilevel_lightning.problem import split
 
@@ -109,24 +110,20 @@ class EpisodeFigure(_Figures):
         (images, labels), (queries, targets) = split(episode)
         ways = int(labels.max()) + 1
         rows = []
+
+        def scaled(image: Tensor) -> Tensor:
+            image = image.float().cpu()
+            return (image - image.min()) / (image.max() - image.min()).clamp(min=1e-6)
+
         for label in range(ways):
-            row: list[Any] = [(images[i], f"{label}", "black") for i in (labels == label).nonzero().flatten()[:1]]
+            row = [Picture(scaled(images[i]), f"{label}", "black") for i in (labels == label).nonzero().flatten()[:1]]
             for i in (targets == label).nonzero().flatten()[: self.queries]:
                 right = int(predicted[i]) == label
-                row.append((queries[i], f"{int(predicted[i])}" + ("" if right else " ✗"), "black" if right else RED))
+                text = f"{int(predicted[i])}" + ("" if right else " ✗")
+                row.append(Picture(scaled(queries[i]), text, "black" if right else RED))
             rows.append(row)
-        columns = max(map(len, rows))
-        figure = Figure(figsize=(1.15 * columns + 0.4, 1.25 * ways + 0.6), layout="constrained")
-        figure.suptitle(f"Label | predictions after {module.global_step} upper iterations", size=10)
-        for axes, row in zip(figure.subplots(ways, columns, squeeze=False), rows, strict=True):
-            for axis, cell in zip(axes, [*row, *[None] * (columns - len(row))], strict=True):
-                axis.axis("off")
-                if cell is not None:
-                    image = cell[0].float().cpu()
-                    image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-6)
-                    axis.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray_r", vmin=0, vmax=1)
-                    axis.set_title(cell[1], size=9, color=cell[2])
-        return figure
+        title = f"Label | predictions after {module.global_step} upper iterations"
+        return draw(rows, title, cmap="gray_r", size=(1.15, 1.25))
 
 
 class RegressionFigure(_Figures):

@@ -6,22 +6,39 @@ from typing import Literal
 
 from torch import nn
 
-from bilevel_lightning.errors import positive
+from bilevel_lightning.errors import BilevelError, positive
 
 Activation = Literal["sigmoid", "relu", "none"]
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "relu": nn.ReLU, "none": nn.Identity}
 
 
 class LinearNet(nn.Sequential):
-    """Multinomial logistic regression: one linear layer, in torch's default initialisation.
+    """Multinomial logistic regression: one linear layer.
 
     Args:
         image_shape: channels, height, width. Default that of MNIST.
         classes: number of classes. Default 10.
+        bias: whether there is a bias. Default True.
+        init: ``torch`` (default): its own random initialisation. ``zero``: all parameters 0, where no class is
+            preferred; the problem is convex.
+
+    Raises:
+        BilevelError: for an ``init`` that does not exist.
     """
 
-    def __init__(self, image_shape: tuple[int, int, int] = (1, 28, 28), classes: int = 10) -> None:
-        super().__init__(nn.Flatten(), nn.Linear(prod(image_shape), classes))
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int] = (1, 28, 28),
+        classes: int = 10,
+        bias: bool = True,
+        init: Literal["torch", "zero"] = "torch",
+    ) -> None:
+        super().__init__(nn.Flatten(), nn.Linear(prod(image_shape), classes, bias=bias))
+        if init not in ("torch", "zero"):
+            raise BilevelError(f"LinearNet.init must be torch or zero, got {init!r}.")
+        if init == "zero":
+            for parameter in self.parameters():
+                nn.init.zeros_(parameter)
 
 
 class MLPNet(nn.Sequential):

@@ -24,7 +24,7 @@ def prepared(task, **settings):
 def step(module):
     x = tree.detach(module.upper_parameters())
     problem, z, _ = module._bind(None, x)
-    return module.bilevel_step(problem, z, module.start_lower(x)), problem
+    return module.bilevel_step(problem, z, module.start_lower(x, None)), problem
 
 
 def worst(task, dynamics, steps):
@@ -106,17 +106,17 @@ def test_start_of_the_task_is_the_auxiliary_variable():
     found, problem = step(module)
     assert set(found.upper_grad) == {"log_ridge", "shift"}
     x = tree.detach(module.upper_parameters())
-    exact = reverse(problem, GradientDescent(0.2), x, module.start_lower(x), 5)[0]
+    exact = reverse(problem, GradientDescent(0.2), x, module.start_lower(x, None), 5)[0]
     assert relative(found.upper_grad, exact) < 1e-14
 
 
-def sine(start, steps=800, **settings):
-    """The iterates of x on the sine problem, with constant step size up to iteration 400 and then 0.97 each."""
+def sine(start, steps=200, **settings):
+    """x and y at the end on the sine problem, with constant step size up to iteration 100 and then 0.9 each."""
     task = SinProblem(starts=[start]).double()
     module = IAPTTGM(
         task=task,
         upper_optimizer=lambda p: SGD(p, lr=0.1),
-        upper_scheduler=lambda o: LambdaLR(o, lambda k: 0.97 ** max(k - 400, 0)),
+        upper_scheduler=lambda o: LambdaLR(o, lambda k: 0.9 ** max(k - 100, 0)),
         dynamics=GradientDescent(5e-4),
         lower_steps=40,
         **settings,
@@ -161,7 +161,7 @@ def test_auxiliary_variable_alone_lowers_f_at_an_unsolved_lower_level_and_trunca
 def merely_convex(module_type, steps, dynamics, **settings):
     task = ScalarMerelyConvex()
     module = module_type(
-        task=task, upper_optimizer=lambda p: SGD(p, lr=0.1), dynamics=dynamics, lower_steps=20, **settings
+        task=task, upper_optimizer=lambda p: SGD(p, lr=0.5), dynamics=dynamics, lower_steps=20, **settings
     ).double()
     fit(module, steps)
     return torch.stack([task.upper.x, task.lower.y1, task.lower.y2]).detach()
@@ -169,10 +169,10 @@ def merely_convex(module_type, steps, dynamics, **settings):
 
 def test_merely_convex_problem_is_solved_where_unrolling_cannot():
     ones = torch.ones(3, dtype=torch.float64)
-    assert (merely_convex(IAPTTGM, 600, GradientDescent(0.2)) - ones).abs().max() < 1e-5
-    assert (merely_convex(IAPTTGM, 300, Accelerated(0.2)) - ones).abs().max() < 2e-4
-    assert (merely_convex(BDA, 400, AggregatedDescent(0.2, 0.2, alpha=0.1)) - ones).abs().max() < 1e-5
-    stuck = merely_convex(RHG, 100, GradientDescent(0.2))
+    assert (merely_convex(IAPTTGM, 120, GradientDescent(0.2)) - ones).abs().max() < 1e-5
+    assert (merely_convex(IAPTTGM, 60, Accelerated(0.2)) - ones).abs().max() < 2e-4
+    assert (merely_convex(BDA, 100, AggregatedDescent(0.2, 0.2, alpha=0.1)) - ones).abs().max() < 1e-5
+    stuck = merely_convex(RHG, 20, GradientDescent(0.2))
     assert stuck[2] == 0.01
 
 
@@ -181,11 +181,11 @@ def test_limit_of_aggregated_descent_with_a_fixed_share():
     task = ScalarStronglyConvex()
     module = BDA(
         task=task,
-        upper_optimizer=lambda p: SGD(p, lr=0.1),
+        upper_optimizer=lambda p: SGD(p, lr=0.5),
         dynamics=AggregatedDescent(0.2, 0.2, alpha=0.1),
         lower_steps=20,
     ).double()
-    fit(module, 300)
+    fit(module, 60)
     q = (1 - 0.2 * (0.9 + 0.1)) ** 20
     assert float(task.upper.x.detach()) == pytest.approx(1 / (1 + 0.81 * (1 - q)), abs=1e-5)
 

@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from bilevel_lightning import TRHG, Momentum
 from bilevel_lightning.callbacks import CleaningReport
+from bilevel_lightning.callbacks.cleaning import SuspiciousImages
 from bilevel_lightning.datamodules import DigitsCleaning
 from bilevel_lightning.datamodules.iterations import Whole
 from bilevel_lightning.models import LinearNet
@@ -71,6 +72,28 @@ def test_histograms_and_pictures_of_the_event_file(run):
     assert found.Images("suspicious_images")[0].width > 500
     with Image.open(run[0] / "suspicious_images.png") as picture:
         assert picture.width > 800
+
+
+def test_suspicious_images_are_those_of_the_smallest_weights(run):
+    """Eight in a row, the last row shorter, each at its place with its label, weight and mark."""
+    _, module, loop, _ = run
+    (axes,) = SuspiciousImages(images=19).figure(loop, module).axes
+    assert len(axes.images) == 19
+    images, labels, index = loop.datamodule.train
+    weights = module.task.upper(index).detach()
+    order = weights.argsort()[:19]
+    assert 0 < loop.datamodule.clean[order].sum() < 19
+    for place, (i, image, text) in enumerate(zip(order, axes.images, axes.texts, strict=True)):
+        row, column = divmod(place, 8)
+        left, right, bottom, top = image.get_extent()
+        assert (left, bottom) == pytest.approx((column, -row * 1.25))
+        assert right - left == pytest.approx(top - bottom)
+        assert torch.equal(torch.as_tensor(image.get_array().data), images[i][0])
+        clean = bool(loop.datamodule.clean[i])
+        assert text.get_text() == f"{int(labels[i])}, {weights[i]:.3f}" + ("" if clean else " ✗")
+        assert text.get_color() == ("black" if clean else "#c1272d")
+        assert left < text.get_position()[0] < right
+        assert top < text.get_position()[1] < bottom + 1.25
 
 
 def test_report(run, capsys):

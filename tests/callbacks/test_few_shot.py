@@ -151,15 +151,18 @@ def test_episode_shows_support_queries_and_errors():
     batch = images(2, 5)
     (found,) = trainer(1).predict(module, Given([batch]))
     figure = EpisodeFigure(queries=2).figure(module, batch)
-    assert len(figure.axes) == 3 * WAYS
+    (axes,) = figure.axes
+    shown = list(zip(axes.images, axes.texts, strict=True))
+    assert len(shown) == 3 * WAYS
     predicted = found["predicted"][found["episode"] == 0].view(WAYS, -1)
     for label in range(WAYS):
-        support, *queries = figure.axes[3 * label : 3 * label + 3]
-        assert support.get_title() == str(label)
-        for i, axis in enumerate(queries):
+        (_, support), *queries = row = shown[3 * label : 3 * label + 3]
+        assert [image.get_extent()[::2] for image, _ in row] == [[j, -label * 1.25 / 1.15] for j in range(3)]
+        assert support.get_text() == str(label)
+        for i, (_, text) in enumerate(queries):
             right = int(predicted[label, i]) == label
-            assert axis.get_title() == f"{int(predicted[label, i])}" + ("" if right else " ✗")
-            assert axis.title.get_color() == ("black" if right else "#c1272d")
+            assert text.get_text() == f"{int(predicted[label, i])}" + ("" if right else " ✗")
+            assert text.get_color() == ("black" if right else "#c1272d")
     with pytest.raises(BilevelError, match=r"EpisodeFigure.queries"):
         EpisodeFigure(queries=0)
 

@@ -58,7 +58,8 @@ def of_task(task):
 
 
 def test_every_shipped_config_is_run_here():
-    assert sorted([*of_task("few_shot"), *of_task("hyper_cleaning"), *of_task("numerical")]) == shipped_configs()
+    tasks = ("equilibrium", "few_shot", "hyper_cleaning", "numerical", "poisoning", "selection")
+    assert sorted(name for task in tasks for name in of_task(task)) == shipped_configs()
 
 
 @pytest.mark.parametrize("name", of_task("numerical"))
@@ -97,6 +98,51 @@ def test_shipped_cleaning_configs_run(name, tmp_path, monkeypatch):
     assert (folder / "suspicious_images.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("name", of_task("poisoning"))
+def test_shipped_poisoning_configs_run(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("BILEVEL_DATA_DIR", str(tmp_path))
+    files.mnist(tmp_path)
+    files.cifar_folders(tmp_path, train=120)
+    text = Path(config_path(name)).read_text()
+    small = ["--model.lower_steps=3", "--trainer.max_steps=2", "--data.epoch_length=1"]
+    if "digits" not in name:
+        small += ["--model.task.samples=18", "--data.samples=120"]
+    if "lower_batch_size" in text:
+        small += ["--data.lower_batch_size=16"]
+    if "truncation" in text:
+        small += ["--model.truncation=2"]
+    run("--config", name, *small, "--trainer.callbacks=PoisoningReport", "--trainer.callbacks.steps=2")
+    folder = Path("runs") / name / "version_0"
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len([row for row in rows if row["train/upper_loss"]]) == 2
+    assert [row for row in rows if row["report/random_noise/test_accuracy"]]
+    assert float(rows[-1]["report/poisoned_images/norm"]) > 0
+    assert (folder / "poisoned_images.png").stat().st_size > 1000
+    assert "What training on the poisoned images costs" in capsys.readouterr().out
+    (path,) = folder.rglob("*.ckpt")
+    run("predict", "--ckpt_path", str(path), "--trainer.default_root_dir", "predicted")
+    (table,) = Path("predicted").rglob("predictions.csv")
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["index", "label", "predicted_clean", "predicted", "norm"]
+    assert any(float(row["norm"]) > 0 for row in rows)
+
+
+@pytest.mark.data
+@pytest.mark.slow
+def test_an_iteration_of_the_poisoning_setting_touches_96_000_samples(real_data, monkeypatch):
+    """90 (300 + 300 + 300) of the lower level and 15,000 of the upper one, so that 2e6 last for 21 iterations."""
+    monkeypatch.setenv("BILEVEL_DATA_DIR", str(real_data("mnist")))
+    report = ["--trainer.callbacks=PoisoningReport", "--trainer.callbacks.steps=1"]
+    run("--config", "poisoning/mnist_bsgm", "--trainer.max_steps=1", *report)
+    module = torch.load(checkpoint(), weights_only=True)["state_dict"]
+    assert int(module["oracles"][-1]) == 96_000
+    norms = module["task.upper.delta"].flatten(1).norm(dim=1)
+    assert float(norms.max()) <= 5 + 1e-5
+    assert 0.4 < float((norms > 0).float().mean()) < 0.7  # 1 - exp(-0.6) of the images are among those drawn
+
+
 @pytest.mark.parametrize("name", of_task("few_shot"))
 def test_shipped_few_shot_configs_run(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("BILEVEL_DATA_DIR", str(tmp_path / "data"))
@@ -125,6 +171,62 @@ def test_shipped_few_shot_configs_run(name, tmp_path, monkeypatch, capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert "queries of a class" in out
     assert "batch normalisation" in out
+
+
+@pytest.mark.parametrize("name", of_task("selection"))
+def test_shipped_selection_configs_run(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("BILEVEL_DATA_DIR", str(tmp_path))
+    small = [
+        "--trainer.max_steps=2",
+        "--data.epoch_length=1",
+        "--trainer.log_every_n_steps=1",
+        "--model.lower_steps=11",
+    ]
+    batches = ["--data.lower_batch_size=16", "--data.upper_batch_size=16"]
+    if "quadratic" in name:
+        sizes = ["lower_samples=80", "upper_samples=60"]
+        small += [f"--{part}.{size}" for part in ("data", "model.task") for size in sizes]
+        small += ["--model.task.lower_dim=6", *(batches if "batch_size" in Path(config_path(name)).read_text() else [])]
+    elif "logistic" in name:
+        small += ["--data.samples=60", "--data.test_samples=20"]
+    elif "text" in name:
+        sizes = [f"--data.{part}_samples=60" for part in ("train", "val", "test")]
+        small += [*sizes, "--data.vocabulary=500", "--data.words=8", "--model.task.features=500"]
+    elif "newsgroups" in name:
+        files.newsgroups(tmp_path, classes=20, documents=80)
+        small += ["--model.task.features=284"]
+    elif "ijcnn1" in name:
+        files.libsvm(tmp_path / "ijcnn1.bz2", 60, 22, [-1, 1])
+        files.libsvm(tmp_path / "ijcnn1.t.bz2", 60, 22, [1, -1], seed=1)
+    else:
+        files.libsvm(tmp_path / "covtype.bz2", 200, 54, range(1, 8))
+        small += batches
+    run("--config", name, *small)
+    with (Path("runs") / name / "version_0" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len([row for row in rows if row["train/upper_loss"]]) == 2
+    measure = "value_gap" if "quadratic" in name else "accuracy"
+    assert len([row for row in rows if row[f"val/{measure}"]]) == 2
+
+
+@pytest.mark.parametrize("name", of_task("equilibrium"))
+def test_shipped_equilibrium_configs_run(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("BILEVEL_DATA_DIR", str(files.mnist(tmp_path / "data")))
+    small = ["--data.batch_size=20", "--trainer.max_steps=2", "--trainer.log_every_n_steps=1", "--data.epoch_length=2"]
+    small += ["--trainer.check_val_every_n_epoch=1", "--model.lower_steps=2", "--model.evaluation_steps=2"]
+    if "mnist" in name:
+        small += ["--data.val_samples=20"]
+    if "stored_states" in Path(config_path(name)).read_text():
+        small += ["--model.task.stored_states=100"]
+    if "conv" in name:
+        small += ["--model.task.cell.channels=2"]
+    run("--config", name, *small)
+    folder = Path("runs") / name / "version_0"
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len([row for row in rows if row["train/upper_loss"]]) == 2
+    for measure in ("val/accuracy", "val/opt_metric", "val/hg_norm", "val/prox_map_norm", "test/accuracy"):
+        assert len([row for row in rows if row[measure]]) == 1
 
 
 @pytest.mark.parametrize("name", shipped_configs())

@@ -139,6 +139,16 @@ def test_models_have_the_sizes_of_the_papers():
     torch.testing.assert_close(linear(x) + linear(torch.zeros_like(x)), linear(x / 2) * 2, rtol=1e-4, atol=1e-5)
 
 
+def test_linear_net_without_bias_and_from_zero():
+    assert [p.shape for p in LinearNet(bias=False).parameters()] == [(10, 784)]
+    zero = LinearNet((1, 8, 8), init="zero")
+    assert len(list(zero.parameters())) == 2
+    assert all((p == 0).all() for p in zero.parameters())
+    assert (LinearNet((1, 8, 8))[1].weight != 0).any()
+    with pytest.raises(BilevelError, match="LinearNet.init must be torch or zero, got 'ones'"):
+        LinearNet(init="ones")
+
+
 def test_convnet_refuses_impossible_sizes():
     with pytest.raises(BilevelError, match="ConvNet.blocks must be between 1 and 3 for images of 8x8, got 4"):
         ConvNet((1, 8, 8), blocks=4)

@@ -1,0 +1,209 @@
+"""What a person sees of poisoning: the images before and after, and what training on them costs."""
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.cli import OptimizerCallable
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+from typing_extensions import override
+
+from bilevel_lightning.errors import positive
+
+Labelled = tuple[Tensor, Tensor]
+CHUNK = 1000  # images at once where only accuracies are computed
+
+
+def _data(trainer: Trainer) -> Any:
+    """The data module, if it knows which images are poisoned, as `PoisoningData` does; else None."""
+    data = getattr(trainer, "datamodule", None)
+    return data if hasattr(data, "poisoned") else None
+
+
+class PoisonedImages(Callback):
+    """Images that are perturbed most, clean, the difference, poisoned: in TensorBoard and, at the end, as a PNG.
+
+    Of each class the largest perturbation, then of each the second, and so on. The difference is on a scale of its own,
+    from blue for darker over white to red for brighter; of colour images its mean over the channels.
+
+    Args:
+        images: how many, one column each. Default 10.
+    """
+
+    def __init__(self, images: int = 10) -> None:
+        self.images = int(positive("PoisonedImages.images", images))
+
+    def chosen(self, norms: Tensor, labels: Tensor) -> Tensor:
+        """Returns the numbers of the images that are shown, of all classes in turn, the largest norms first."""
+        order = norms.argsort(descending=True, stable=True)
+        of_class = one_hot(labels[order])
+        rank = (of_class.cumsum(0) * of_class).sum(1)  # 1 for the largest of its class
+        return order[rank.argsort(stable=True)[: self.images]]
+
+    @torch.no_grad()
+    def figure(self, trainer: Trainer, pl_module: LightningModule) -> Figure:
+        """Draws three rows of images."""
+        task: Any = pl_module.hooks
+        images, labels, _ = _data(trainer).poisoned
+        norms = task.upper.norms().float().cpu()
+        order = self.chosen(norms, labels)
+        clean, delta = images[order], task.upper.delta.detach()[order.to(task.upper.delta.device)].float().cpu()
+        figure = Figure(figsize=(1.2 * len(order) + 0.8, 4.4), layout="constrained")
+        figure.suptitle(f"Largest perturbations after {trainer.global_step} upper iterations: label, norm", size=10)
+        axes = figure.subplots(3, len(order), squeeze=False)
+        shown = delta.mean(1)
+        scale = max(float(shown.abs().max()), 1e-6)
+        for row, name in enumerate(("clean", "difference", "poisoned")):
+            for column, axis in enumerate(axes[row]):
+                axis.set_xticks([])
+                axis.set_yticks([])
+                if name == "difference":
+                    axis.imshow(shown[column].numpy(), cmap="bwr", vmin=-scale, vmax=scale)
+                else:
+                    image = clean[column] + (delta[column] if name == "poisoned" else 0)
+                    image = image.clamp(0, 1).permute(1, 2, 0).squeeze(-1)
+                    axis.imshow(image.numpy(), cmap="gray", vmin=0, vmax=1)
+            axes[row][0].set_ylabel(name, size=9)
+        for axis, i in zip(axes[0], order, strict=True):
+            axis.set_title(f"{int(labels[i])}, {norms[i]:.2f}", size=9)
+        return figure
+
+    @override
+    @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        for writer in writers if _data(trainer) is not None else []:
+            writer.add_figure("poisoned_images", self.figure(trainer, pl_module), trainer.global_step)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = trainer.log_dir  # all processes take part in agreeing on it
+        if folder is not None and trainer.is_global_zero and _data(trainer) is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.figure(trainer, pl_module).savefig(Path(folder) / "poisoned_images.png", dpi=120)
+
+
+class PoisoningReport(Callback):
+    """Retrains the model from scratch on the poisoned images and beside two controls, and prints the table.
+
+    All rows start at the weights that the model had before the run, take the same steps on the lower loss, and are
+    tested once, at the end: nothing is selected on the test set. The training images are
+
+    * *poisoned images*: those of the run;
+    * *clean images*: all without perturbation;
+    * *random noise*: the projections of 1000 N(0, 1) as perturbations, which are as large but learnt nothing.
+
+    Accuracies on the training images are on those that the row was trained on. The first line is y itself, the lower
+    solution at the end of the run. The numbers go to the loggers as ``report/...`` too.
+
+    Args:
+        steps: optimizer steps of each training. Default 1000, as in the released code of Grazzi et al.
+        optimizer: any of torch's. Default SGD with step size 0.1 and momentum 0.5, as there.
+        batch_size: minibatch size; None (default, as there): all samples at once.
+        controls: whether the two controls are trained too. Default True.
+    """
+
+    def __init__(
+        self,
+        steps: int = 1000,
+        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.5),
+        batch_size: int | None = None,
+        controls: bool = True,
+    ) -> None:
+        self.steps = int(positive("PoisoningReport.steps", steps))
+        if batch_size is not None:
+            positive("PoisoningReport.batch_size", batch_size)
+        self.optimizer, self.batch_size, self.controls = optimizer, batch_size, controls
+        self.scratch: nn.Module | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and self.scratch is None:
+            task: Any = pl_module.hooks
+            self.scratch = deepcopy(task.lower)
+
+    @override
+    @rank_zero_only
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data = _data(trainer)
+        if data is None:
+            return
+        task: Any = pl_module.hooks
+        delta = task.upper.delta.detach()
+        images, labels, index = (t.to(delta.device) for t in data.train)
+        images, where = images.to(delta), index >= 0
+        held_out = [(part[0].to(delta), part[1].to(delta.device)) for part in (data.val, data.test)]
+
+        def poisoned(delta: Tensor) -> Labelled:
+            changed = images.clone()
+            changed[where] += delta[index[where]]
+            return changed, labels
+
+        trainings = {"poisoned images": delta}
+        if self.controls:
+            trainings |= {"clean images": torch.zeros_like(delta), "random noise": task.upper.noise()}
+        rows = {"y at the end of the run": self.accuracies(task.lower, [poisoned(delta), *held_out])}
+        norms = {"y at the end of the run": task.upper.norms(delta).mean()}
+        for name, perturbation in trainings.items():
+            train = poisoned(perturbation)
+            rows[name] = self.accuracies(self.retrain(task, *train), [train, *held_out])
+            norms[name] = task.upper.norms(perturbation).mean()
+        self.show(trainer, rows, {name: float(norm) for name, norm in norms.items()})
+
+    def retrain(self, task: Any, images: Tensor, labels: Tensor) -> nn.Module:
+        """Trains a copy of the model from scratch on the lower loss and returns it."""
+        model = deepcopy(self.scratch).to(images).train()  # type: ignore[union-attr]
+        optimizer = self.optimizer(model.parameters())
+        generator = torch.Generator().manual_seed(0)
+        with torch.inference_mode(False), torch.enable_grad():
+            for _ in range(self.steps):
+                x, y = images, labels
+                if self.batch_size is not None and self.batch_size < len(labels):
+                    i = torch.randint(len(labels), (self.batch_size,), generator=generator).to(images.device)
+                    x, y = images[i], labels[i]
+                loss: Tensor = task.training_loss(model, x, y)
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+        return model
+
+    @torch.no_grad()
+    def accuracies(self, model: nn.Module, parts: list[Labelled]) -> list[float]:
+        """Returns the accuracy of a model on each part."""
+        training = model.training
+        model.eval()
+        found = []
+        for images, labels in parts:
+            pairs = zip(torch.split(images, CHUNK), torch.split(labels, CHUNK), strict=True)
+            found.append(sum(int((model(x).argmax(1) == y).sum()) for x, y in pairs) / len(labels))
+        model.train(training)
+        return found
+
+    def show(self, trainer: Trainer, rows: dict[str, list[float]], norms: dict[str, float]) -> None:
+        """Prints and logs the report."""
+        table = Table(
+            title="What training on the poisoned images costs",
+            caption=f"accuracies in %; from scratch, {self.steps} steps (not the first line)",
+        )
+        table.add_column("training data")
+        for name in ("mean norm", "train", "validation", "test"):
+            table.add_column(name, justify="right")
+        logs = {}
+        for name, found in rows.items():
+            table.add_row(name, f"{norms[name]:.3f}", *(f"{100 * value:.2f}" for value in found))
+            key = name.replace(" ", "_")
+            logs[f"report/{key}/norm"] = norms[name]
+            parts = zip(("train_accuracy", "val_accuracy", "test_accuracy"), found, strict=True)
+            logs.update({f"report/{key}/{part}": value for part, value in parts})
+        Console().print(table)
+        for logger in trainer.loggers:
+            logger.log_metrics(logs, step=trainer.global_step)
+            logger.save()
