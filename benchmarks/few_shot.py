@@ -106,7 +106,7 @@ def ours(
     def row() -> Params:
         x = tree.detach(module.upper_parameters())
         groups = module._groups(task.episodes(batch))
-        found = [module._iterate(x, module._starts(x, n), e, n)[2].upper_grad for e, n in groups]
+        found = [module._iterate(x, module._starts(x, e, n), e, n)[2].upper_grad for e, n in groups]
         return tree.mean(found, [n or 1 for _, n in groups])
 
     return row

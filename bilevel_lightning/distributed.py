@@ -57,6 +57,15 @@ def total_over_processes(number: int, device: torch.device) -> int:
     return int(total)
 
 
+def gather(t: Tensor) -> Tensor:
+    """Returns the tensors of all processes, of equal shapes, one after the other along their leading dimension."""
+    if processes() == 1:
+        return t
+    parts = [torch.empty_like(t) for _ in range(processes())]
+    dist.all_gather(parts, t.contiguous())
+    return torch.cat(parts)
+
+
 def agree(tree: Params) -> Params:
     """Returns the first process's values on all processes: random directions that all of them must share."""
     if processes() == 1:

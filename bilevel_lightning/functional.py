@@ -58,7 +58,7 @@ def hypergradient(
     if not isinstance(problem, tuple):
         module.task = problem
         x = tree.of(problem.upper) if x is None else x
-        y = problem.initial_lower(x) if y is None else y
+        y = problem.episode_lower(x, batch) if y is None else y
     if x is None or y is None:
         raise BilevelError("Two functions state the problem: give x and y, dictionaries of tensors.")
     like = next(iter(x.values()))

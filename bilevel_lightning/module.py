@@ -13,6 +13,7 @@ from pytorch_lightning import Callback, LightningModule
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from pytorch_lightning.core.mixins.hparams_mixin import _given_hyperparameters
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from bilevel_lightning import tree
@@ -22,7 +23,18 @@ from bilevel_lightning.distributed import agree, mean_over_processes, total_over
 from bilevel_lightning.dynamics import Dynamics, GradientDescent
 from bilevel_lightning.errors import BilevelError, positive
 from bilevel_lightning.interval import Interval
-from bilevel_lightning.problem import BilevelProblem, Functional, Operator, bind, own, running_norms, split, stack
+from bilevel_lightning.problem import (
+    BilevelProblem,
+    Functional,
+    Operator,
+    bind,
+    own,
+    running_norms,
+    split,
+    stack,
+    unstack,
+)
+from bilevel_lightning.schedules import Schedule
 from bilevel_lightning.state import Row, State
 from bilevel_lightning.task import Bilevel, BilevelTask, Draws, Minibatches
 from bilevel_lightning.tree import Params
@@ -75,7 +87,8 @@ class BilevelModule(LightningModule, Bilevel, ABC):
     Args:
         task: the bilevel problem; None if the subclass states it.
         upper_optimizer: optimizer of x: any of torch's that needs no closure. Default Adam with step size 0.01.
-        upper_scheduler: its step-size schedule, stepped once per upper iteration. Default none.
+        upper_scheduler: its step-size schedule, stepped once per upper iteration: any of torch's, or one of
+            `bilevel_lightning.schedules`, whose values multiply the step size. Default none.
         upper_clip_norm: bound on the Euclidean norm of the hypergradient. Default none.
         dynamics: one step of the lower level. Default gradient descent with step size 0.1.
         lower_steps: number T of lower steps in one upper iteration. Default 20.
@@ -114,7 +127,7 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         self,
         task: BilevelTask | None = None,
         upper_optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=0.01),
-        upper_scheduler: LRSchedulerCallable | None = None,
+        upper_scheduler: Schedule | LRSchedulerCallable | None = None,
         upper_clip_norm: float | None = None,
         dynamics: Dynamics = GradientDescent(lr=0.1),  # noqa: B008 (a value: it has no state)
         lower_steps: int = 20,
@@ -206,11 +219,13 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         """
         return self.dynamics.learnable(self.lower_steps, y)
 
-    def start_lower(self, x: Params) -> Params:
-        """Returns y_0, detached: the task's `initial_lower`, or where there is no warm start the y of the beginning."""
+    def start_lower(self, x: Params, episode: Any) -> Params:
+        """Returns y_0 of an episode, detached: the task's, or where there is no warm start the y of the beginning."""
         if self.cold_start is not None:
             return self.cold_start.get()
-        return tree.detach(self.hooks.initial_lower(own(x)))
+        if self.hooks.persistent_lower:
+            return tree.detach(self.hooks.initial_lower(own(x)))
+        return tree.detach(self.hooks.episode_lower(own(x), episode))
 
     def upper_groups(self) -> Iterable[Any]:
         """Returns what the upper optimizer is made for: the parameters x, or groups of them with their settings."""
@@ -300,7 +315,10 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             raise BilevelError(f"upper_optimizer: {error}.") from error
         if isinstance(optimizer, torch.optim.LBFGS):
             raise BilevelError("upper_optimizer LBFGS needs a closure, which a hypergradient has not; use SGD or Adam.")
-        return [optimizer], [] if self.upper_scheduler is None else [self.upper_scheduler(optimizer)]
+        given = self.upper_scheduler
+        if given is None:
+            return optimizer
+        return [optimizer], [LambdaLR(optimizer, given) if isinstance(given, Schedule) else given(optimizer)]
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -328,11 +346,11 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         groups = self._groups(episodes)
         for episode, number in groups:
             if self.compiled is None:
-                problem, z, step = self._iterate(x, self._starts(x, number), episode, number)
+                problem, z, step = self._iterate(x, self._starts(x, episode, number), episode, number)
                 taken = problem.counts
             else:
                 problem, z, _ = self._bind(episode, x, number)
-                step, taken = self.compiled(x, self._starts(x, number), episode, number)
+                step, taken = self.compiled(x, self._starts(x, episode, number), episode, number)
             counts.update(taken)
             steps.append(step)
             problems.append((problem, tree.clone(z) if due else z))
@@ -351,6 +369,10 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             tree.assign(self.hooks.lower, lowers[0])
             for name, values in steps[0].state.items():
                 self.states[name].set(values)  # type: ignore[operator]
+        elif type(self.hooks).keep_lower is not Bilevel.keep_lower:
+            for (episode, number), y in zip(groups, lowers, strict=True):
+                for one, solved in zip(unstack(episode, number), unstack(y, number), strict=True):
+                    self.hooks.keep_lower(one, solved)
         self._count(counts)
         self._advance_statistics(episodes)
         if due:
@@ -370,9 +392,12 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             return [(episode, None) for episode in episodes]
         return [(stack(part), len(part)) for part in (episodes[i : i + size] for i in range(0, len(episodes), size))]
 
-    def _starts(self, x: Params, number: int | None) -> Params:
-        """Returns y_0, repeated for episodes side by side."""
-        return tree.repeat(self.start_lower(x), number)
+    def _starts(self, x: Params, episode: Any, number: int | None) -> Params:
+        """Returns y_0 of an episode, or of several side by side."""
+        if number is None or type(self.hooks).episode_lower is Bilevel.episode_lower:
+            return tree.repeat(self.start_lower(x, episode), number)
+        starts: Params = stack([self.start_lower(x, one) for one in unstack(episode, number)])
+        return starts
 
     def _bind(self, episode: Any, x: Params, number: int | None = None) -> tuple[BilevelProblem, Params, Operator]:
         return bind(self.hooks, episode, x, mean_over_processes, agree, number)
@@ -381,7 +406,7 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         """Looks at the losses, once."""
         with self._aside():
             problem, z, _ = self._bind(episode, x)
-            check_losses(problem, z, self.start_lower(x))
+            check_losses(problem, z, self.start_lower(x, episode))
         self._checked = True
 
     def _follow(self, move: Callable[[BilevelProblem, Params], Params], episode: Any, counts: Counter[str]) -> Params:
@@ -545,7 +570,7 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         problem, z, _ = self._bind(episode, x, number)
         if self.hooks.persistent_lower:
             return problem, z, iter([tree.clone(tree.of(self.hooks.lower))])
-        return problem, z, self.adapt(problem, z, tree.clone(self._starts(x, number)))
+        return problem, z, self.adapt(problem, z, tree.clone(self._starts(x, episode, number)))
 
     @override
     def predict_step(self, batch: Any, batch_idx: int) -> Any:

@@ -449,6 +449,16 @@ def stack(episodes: Sequence[Any]) -> Any:
     return tree_unflatten([torch.stack(c) if isinstance(c[0], Tensor) else c[0] for c in columns], flat[0][1])
 
 
+def unstack(batch: Any, number: int | None) -> list[Any]:
+    """Returns the ``number`` parts along the leading dimension of a batch's tensors: the inverse of `stack`.
+
+    None: the batch is one part.
+    """
+    if number is None:
+        return [batch]
+    return [tree_map(lambda leaf: leaf[i] if isinstance(leaf, Tensor) else leaf, batch) for i in range(number)]  # noqa: B023
+
+
 def start_depends_on_x(task: Bilevel) -> bool:
     """Whether `Bilevel.initial_lower` gives a function of the upper variables, as in MAML, and not fixed values."""
     if task.persistent_lower or type(task).initial_lower is Bilevel.initial_lower:

@@ -224,6 +224,83 @@ class SpectralBall(Projection):
         return projected
 
 
+class ConvolutionBall(Projection):
+    r"""Kernels (outputs, inputs, height, width) whose convolution has an operator norm of at most ``radius``.
+
+    On a torus a convolution of stride 1 is diagonal in blocks: its singular values are those of the outputs x inputs
+    matrices of the kernel's Fourier coefficients, one matrix a frequency. A convolution of maps (H, W) that are padded
+    with zeros to keep their size is part of the one on the torus ``(H + height // 2, W + width // 2)``, where what
+    leaves one side meets zeros on the other, so that the norm there bounds its own. That on a smaller torus does not.
+
+    The set is the intersection of a spectral ball, in the space of kernels as large as the torus, and of the subspace
+    of small kernels. Its nearest point is found by Dykstra's alternating projections, which are gradient steps on the
+    dual problem, with Nesterov's momentum, restarted where it leads upwards. A last scaling, by less than ``tol`` where
+    ``steps`` suffice, makes the norm at most ``radius`` to rounding. No derivative is defined.
+
+    Args:
+        radius: largest operator norm, above 0.
+        size: height and width of the torus.
+        steps: largest number of alternating projections. Default 1000.
+        tol: relative excess of the norm to stop at. Default 1e-3.
+
+    Raises:
+        BilevelError: if a setting is not positive; when called, if the tensor is no kernel that fits the torus.
+
+    References:
+        H. Sedghi, V. Gupta, P. M. Long. The Singular Values of Convolutional Layers. ICLR 2019.
+        J. P. Boyle, R. L. Dykstra. A Method for Finding Projections onto the Intersection of Convex Sets in Hilbert
+        Spaces. Lecture Notes in Statistics 37, 1986.
+        B. O'Donoghue, E. Candes. Adaptive Restart for Accelerated Gradient Schemes. Foundations of Computational
+        Mathematics, 2015.
+    """
+
+    def __init__(self, radius: float, size: tuple[int, int], steps: int = 1000, tol: float = 1e-3) -> None:
+        self.ball = SpectralBall(positive("ConvolutionBall.radius", radius))
+        self.size = tuple(int(positive("ConvolutionBall.size", n)) for n in size)
+        self.steps, self.tol = int(positive("ConvolutionBall.steps", steps)), positive("ConvolutionBall.tol", tol)
+
+    def norm(self, kernel: Tensor) -> Tensor:
+        """Returns the operator norm of the kernel's convolution on the torus, a scalar."""
+        found: Tensor = torch.linalg.svdvals(self._spectrum(kernel)).max()
+        return found
+
+    @torch.no_grad()
+    @override
+    def __call__(self, point: Tensor) -> Tensor:
+        height, width = point.shape[-2:]
+        if point.ndim != 4 or height > self.size[0] or width > self.size[1]:
+            raise BilevelError(f"ConvolutionBall on {self.size} needs a kernel inside, got shape {tuple(point.shape)}.")
+        radius, norm = self.ball.radius, self.norm(point)
+        if norm <= radius * (1 + 16 * torch.finfo(point.dtype).eps):
+            return point
+        kernel, pace = point, 1.0
+        dual = ahead = torch.zeros_like(self._spectrum(point))
+        for _ in range(self.steps):
+            spectrum = self._spectrum(point - self._small(ahead, height, width)) + ahead
+            before, dual = dual, spectrum - self.ball(spectrum)
+            kernel = point - self._small(dual, height, width)
+            norm = self.norm(kernel)
+            if norm <= radius * (1 + self.tol):
+                break
+            if ((ahead - dual) * (dual - before).conj()).real.sum() > 0:  # the momentum leads upwards
+                pace, ahead = 1.0, dual
+                continue
+            pace, last = (1 + (1 + 4 * pace**2) ** 0.5) / 2, pace
+            ahead = dual + (last - 1) / pace * (dual - before)
+        scaled: Tensor = kernel * (radius / norm).clamp(max=1.0)
+        return scaled
+
+    def _small(self, spectrum: Tensor, height: int, width: int) -> Tensor:
+        """Returns the nearest small kernel of Fourier coefficients: the adjoint of `_spectrum`, to a factor."""
+        kernel: Tensor = torch.fft.irfft2(spectrum.permute(2, 3, 0, 1), self.size)[..., :height, :width]
+        return kernel
+
+    def _spectrum(self, kernel: Tensor) -> Tensor:
+        """Returns the Fourier coefficients, matrices (frequencies, frequencies, outputs, inputs)."""
+        spectrum: Tensor = torch.fft.rfft2(kernel, self.size).permute(2, 3, 0, 1)
+        return spectrum
+
+
 def soft_threshold(point: Tensor, threshold: float | Tensor) -> Tensor:
     r"""Proximal map of ``sum_i t_i |y_i|``: ``sign(p_i) max(|p_i| - t_i, 0)``.
 

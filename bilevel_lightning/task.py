@@ -42,7 +42,7 @@ class Bilevel:
         upper: module whose trainable parameters are the upper variables x.
         lower: module whose trainable parameters are the lower variables y.
         persistent_lower: True (default): one y for the whole run, shared by all processes. False: y is solved anew
-            for each episode, from `initial_lower`.
+            for each episode, from `episode_lower`.
     """
 
     upper: nn.Module
@@ -67,6 +67,22 @@ class Bilevel:
     def initial_lower(self, upper: Params) -> Params:
         """Returns y_0(x) by the names of ``self.lower``; default: the current y. MAML returns ``upper`` itself."""
         return tree.of(self.lower)
+
+    def episode_lower(self, upper: Params, episode: Any) -> Params:
+        """Returns y_0 of one episode, where y does not persist; default: `initial_lower`, equal for all episodes.
+
+        For a y that has one row for each sample of the episode (equilibrium models), and for stored solutions
+        (`keep_lower`). Only its values are used: where derivatives flow through y_0(x), it is `initial_lower`'s. It is
+        also called at validation and test, when ``self.training`` is false.
+        """
+        return self.initial_lower(upper)
+
+    def keep_lower(self, episode: Any, lower: Params) -> None:
+        """Called after an upper iteration with each episode and its solved y, where y does not persist.
+
+        A task that stores y for the next visit of the same data writes it into a buffer, so that it lies in the
+        checkpoint. Default: nothing.
+        """
 
     def episodes(self, batch: Any) -> Sequence[Any]:
         """Splits a batch into independent lower problems, whose hypergradients are averaged; default: one."""

@@ -18,7 +18,8 @@ CHECKPOINT_WORDS = ("last", "best", "hpc")
 
 def shipped_configs() -> list[str]:
     """Returns the names of the configs that come with the package, such as ``hyper_cleaning/mnist_trhg``."""
-    return sorted(path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
+    names = (path.relative_to(CONFIGS).with_suffix("").as_posix() for path in CONFIGS.rglob("*.yaml"))
+    return sorted(name for name in names if not name.startswith("search/"))  # those are spaces of bilevel-search
 
 
 def config_path(name: str) -> str:

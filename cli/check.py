@@ -1,8 +1,6 @@
 """``bilevel-check``: says whether the hypergradient of what a config describes can be trusted."""
 
-import logging
 import sys
-import warnings
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from typing_extensions import override
 
 from bilevel_lightning import diagnosis
 from bilevel_lightning.cli.arguments import DEFAULT, shipped_configs
-from bilevel_lightning.cli.main import BilevelCLI, launch
+from bilevel_lightning.cli.main import BilevelCLI, launch, silent
 from bilevel_lightning.errors import BilevelError
 from bilevel_lightning.module import BilevelModule
 
@@ -79,19 +77,10 @@ def check(args: list[str] | None = None) -> None:
     Args:
         args: arguments; None: those of the process.
     """
-    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
-    before = [logger.level for logger in loggers]
     console = Console(highlight=False)
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings(), console.status("The longest part takes --check.reference_steps lower steps."):
-            warnings.filterwarnings("ignore", module="pytorch_lightning")
-            words = ["fit", *(sys.argv[1:] if args is None else args)]
-            cli: Any = launch(CheckCLI, "bilevel-check", words, save_config_callback=None)
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
+    with silent(), console.status("The longest part takes --check.reference_steps lower steps."):
+        words = ["fit", *(sys.argv[1:] if args is None else args)]
+        cli: Any = launch(CheckCLI, "bilevel-check", words, save_config_callback=None)
     console.print(cli.report.table())
     for sentence in cli.report.words():
         console.print(sentence, markup=False)

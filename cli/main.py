@@ -7,6 +7,8 @@ import sys
 import tempfile
 import warnings
 from argparse import ArgumentError
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,26 @@ from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
 # Importing the parts is what lets a config name them by class name alone.
-from bilevel_lightning import BilevelError, algorithms, callbacks, datamodules, dynamics, models, schedules, tasks  # noqa: F401
+from bilevel_lightning import (  # noqa: F401
+    BilevelError,
+    algorithms,
+    callbacks,
+    datamodules,
+    dynamics,
+    estimators,
+    models,
+    schedules,
+    tasks,
+)
 from bilevel_lightning.cli.arguments import CONFIGS, DEFAULT, complete, explain, shipped_configs
 from bilevel_lightning.module import BilevelModule
 
 
 class BilevelCLI(LightningCLI):
     """Lightning's command line, with shipped configs by name, ``fit`` implied, and errors in one line."""
+
+    version: int | None = None
+    """Number of the run's folder; None: the next that is free."""
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -76,7 +91,7 @@ class BilevelCLI(LightningCLI):
                 f"Cannot write to trainer.default_root_dir {root}: {error.strerror}. Name another."
             ) from error
         if settings["logger"] in (None, True):
-            tensorboard = TensorBoardLogger(str(root), name=self.run_name, default_hp_metric=False)
+            tensorboard = TensorBoardLogger(str(root), self.run_name, self.version, default_hp_metric=False)
             kwargs["logger"] = [tensorboard, CSVLogger(str(root), name=self.run_name, version=tensorboard.version)]
         given = settings["callbacks"] if isinstance(settings["callbacks"], list) else [settings["callbacks"]]
         given = [callback for callback in given if callback is not None]
@@ -129,35 +144,56 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message="The dirpath has changed from")
 
 
-def launch(cli: type[BilevelCLI], program: str, args: list[str] | None, **settings: Any) -> BilevelCLI:
-    """Runs a command; ends the process with status 2 and one message where a person has to mend something."""
+def start(cli: type[BilevelCLI], args: list[str] | None, **settings: Any) -> BilevelCLI:
+    """Runs a command."""
     _quiet()
     raising: dict[str, Any] = {"exit_on_error": False}
+    return cli(
+        BilevelModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        trainer_defaults={
+            "default_root_dir": "runs",
+            "max_epochs": -1,
+            "max_steps": 100,
+            "log_every_n_steps": 1,
+            "num_sanity_val_steps": 0,
+        },
+        parser_kwargs={**raising, **{name: dict(raising) for name in cli.subcommands()}},
+        args=args,
+        **settings,
+    )
+
+
+def launch(cli: type[BilevelCLI], program: str, args: list[str] | None, **settings: Any) -> BilevelCLI:
+    """Runs a command; ends the process with status 2 and one message where a person has to mend something."""
     try:
-        return cli(
-            BilevelModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            seed_everything_default=0,
-            trainer_defaults={
-                "default_root_dir": "runs",
-                "max_epochs": -1,
-                "max_steps": 100,
-                "log_every_n_steps": 1,
-                "num_sanity_val_steps": 0,
-            },
-            parser_kwargs={**raising, **{name: dict(raising) for name in cli.subcommands()}},
-            args=args,
-            **settings,
-        )
+        return start(cli, args, **settings)
     except (ValueError, MisconfigurationException, ArgumentError) as error:
         message = explain(error)
         if message is None:
             raise
         print(f"{program}: error: {message}", file=sys.stderr)  # noqa: T201
         sys.exit(2)
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Keeps Lightning from saying what it does, but for its errors."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="pytorch_lightning")
+            yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def fit(args: list[str] | None = None) -> None:

@@ -4,6 +4,7 @@ from bilevel_lightning.datamodules.cifar10 import CIFAR10Cleaning
 from bilevel_lightning.datamodules.cleaning import CleaningData
 from bilevel_lightning.datamodules.digits import DigitsCleaning
 from bilevel_lightning.datamodules.episodes import EpisodicDataModule
+from bilevel_lightning.datamodules.equilibrium import DigitsEquilibrium, EquilibriumData, MNISTEquilibrium
 from bilevel_lightning.datamodules.fewshot_images import FewShotImages
 from bilevel_lightning.datamodules.levels import TwoLevelData
 from bilevel_lightning.datamodules.mini_imagenet import MiniImageNet
@@ -11,6 +12,14 @@ from bilevel_lightning.datamodules.mnist import FashionMNISTCleaning, MNISTClean
 from bilevel_lightning.datamodules.nothing import NoData
 from bilevel_lightning.datamodules.omniglot import Omniglot
 from bilevel_lightning.datamodules.poisoning import CIFAR10Poisoning, DigitsPoisoning, MNISTPoisoning, PoisoningData
+from bilevel_lightning.datamodules.selection import (
+    LIBSVMData,
+    LinearData,
+    Newsgroups,
+    SampleIndices,
+    SyntheticLinear,
+    SyntheticText,
+)
 from bilevel_lightning.datamodules.sinusoid import Sinusoid
 from bilevel_lightning.datamodules.tiered_imagenet import TieredImageNet
 
@@ -19,17 +28,26 @@ __all__ = [
     "CIFAR10Poisoning",
     "CleaningData",
     "DigitsCleaning",
+    "DigitsEquilibrium",
     "DigitsPoisoning",
     "EpisodicDataModule",
+    "EquilibriumData",
     "FashionMNISTCleaning",
     "FewShotImages",
+    "LIBSVMData",
+    "LinearData",
     "MNISTCleaning",
+    "MNISTEquilibrium",
     "MNISTPoisoning",
     "MiniImageNet",
+    "Newsgroups",
     "NoData",
     "Omniglot",
     "PoisoningData",
+    "SampleIndices",
     "Sinusoid",
+    "SyntheticLinear",
+    "SyntheticText",
     "TieredImageNet",
     "TwoLevelData",
 ]

@@ -35,6 +35,8 @@ class Mutation(NamedTuple):
 M = Mutation
 PROCESSES = "test_distributed.py::test_two_processes_with_half_the_batch_are_one_with_all_of_it"
 FIRST = "algorithms/test_first_order.py"
+EQUILIBRIUM = "tasks/test_equilibrium.py"
+EQUILIBRIUM_BALL = "test_projections.py::test_convolution_ball_gives_the_nearest_kernel"
 # fmt: off
 MUTATIONS = [
     M("graph-without-graph", "derivatives.py", "y, create_graph=True)[0]", "y)[0]",
@@ -209,6 +211,27 @@ MUTATIONS = [
       "callbacks/test_poisoning.py::test_retraining_is_the_lower_loss_from_the_first_weights"),
     M("split-without-classes", "datamodules/poisoning.py", "stratify=labels[[*index]].numpy()", "stratify=None",
       "datamodules/test_poisoning.py::test_digits_are_split_with_equal_shares_of_each_class"),
+    M("convolution-without-dual", "projections.py",
+      "self._spectrum(point - self._small(ahead, height, width)) + ahead", "self._spectrum(kernel)", EQUILIBRIUM_BALL),
+    M("convolution-scaled-only", "projections.py", "if norm <= radius * (1 + self.tol):", "if True:", EQUILIBRIUM_BALL),
+    M("kernel-norm-on-half-the-grid", "models/equilibrium.py",
+      "(height + self.padding, width + self.padding)", "(height // 2 + 1, width // 2 + 1)",
+      f"{EQUILIBRIUM}::test_projected_weights_contract"),
+    M("weights-not-clipped", "tasks/equilibrium.py", 'self.clip(upper["head.weight"])', 'upper["head.weight"]',
+      f"{EQUILIBRIUM}::test_projected_weights_contract"),
+    M("states-not-stored", "tasks/equilibrium.py", "self.stored[gather(", "self.stored.clone()[gather(",
+      f"{EQUILIBRIUM}::test_states_are_stored_by_sample_and_are_the_next_start"),
+    M("evaluation-from-stored-states", "tasks/equilibrium.py", "if self.training and len", "if len",
+      f"{EQUILIBRIUM}::test_states_are_stored_by_sample_and_are_the_next_start"),
+    M("wrong-episode-kept", "module.py", "self.hooks.keep_lower(one, solved)", "self.hooks.keep_lower(episode, solved)",
+      "tasks/test_few_shot.py::test_tasks_that_remember_their_heads"),
+    M("episodes-start-at-the-first", "module.py", "for one in unstack(episode, number)])",
+      "for one in unstack(episode, number)[:1] * number])",
+      "tasks/test_few_shot.py::test_tasks_that_remember_their_heads"),
+    M("chunks-weighted-equally", "callbacks/equilibrium.py", "tree.mean(gradients, samples)", "tree.mean(gradients)",
+      f"{EQUILIBRIUM}::test_evaluation_in_chunks_is_that_of_the_whole"),
+    M("minibatches-of-one-order", "datamodules/equilibrium.py", "permutation(k // number)", "permutation(0)",
+      "datamodules/test_equilibrium.py::test_an_epoch_visits_every_sample_once_in_an_order_of_its_own"),
 ]
 # fmt: on
 

@@ -80,3 +80,35 @@ def test_episodes_on_two_processes(tmp_path, model):
         one, two = ([float(row[key]) for row in found if row[key]] for found in rows)
         assert len(one) > 0
         assert two == pytest.approx(one, rel=1e-5), key
+
+
+@pytest.mark.slow
+def test_stored_states_on_two_processes(tmp_path):
+    """Two processes with half of each minibatch store the states, and learn the weights, of one with all of it."""
+    command = [
+        sys.executable, "-m", "bilevel_lightning", "--config", "equilibrium/digits", "--model.task.stored_states=1000",
+        "--data.epoch_length=12", "--data.evaluation_batch_size=60", "--trainer.max_steps=12",
+        "--trainer.accelerator=cpu", "--trainer.precision=64-true",
+        "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
+    ]  # fmt: skip
+    states, rows = [], []
+    for name, extra in (("one", ["--trainer.devices=1"]), ("two", ["--trainer.devices=2", "--trainer.strategy=ddp"])):
+        done = subprocess.run(
+            [*command, *extra, f"--trainer.default_root_dir={name}"],
+            cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        (path,) = (tmp_path / name).rglob("*.ckpt")
+        states.append(torch.load(path, weights_only=True)["state_dict"])
+        (metrics,) = (tmp_path / name).rglob("metrics.csv")
+        with metrics.open() as file:
+            rows.append(list(csv.DictReader(file)))
+    assert states[0]["task.stored"].abs().amax(1).all()
+    one, two = (state.pop("oracles") for state in states)
+    assert torch.equal(one[-1], two[-1])  # samples
+    assert torch.equal(2 * one[:-1], two[:-1])  # of two problems
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=1e-10, atol=1e-12)
+    for key in ("val/accuracy", "val/accuracy_ci95", "val/hg_norm", "val/prox_map_norm", "test/upper_loss"):
+        one, two = ([float(row[key]) for row in found if row[key]] for found in rows)
+        assert two == pytest.approx(one, rel=1e-5)

@@ -14,6 +14,7 @@ from bilevel_lightning.projections import (
     Ball,
     BallInBox,
     Box,
+    ConvolutionBall,
     Projection,
     Simplex,
     SpectralBall,
@@ -453,3 +454,87 @@ def test_a_config_names_projections_by_class():
         made = parser.instantiate_classes(parser.parse_object({"set": given})).set
         assert type(made).__name__ == given["class_path"]
         assert all(getattr(made, name) == value for name, value in given.get("init_args", {}).items())
+
+
+# Kernels of convolutions.
+
+
+def zero_padded(kernel, height, width):
+    """The matrix of a zero-padded convolution on maps (height, width)."""
+    maps = torch.eye(kernel.shape[1] * height * width, dtype=kernel.dtype).view(-1, kernel.shape[1], height, width)
+    pads = tuple(n // 2 for n in kernel.shape[-2:])
+    return torch.conv2d(maps, kernel, padding=pads).flatten(1)
+
+
+def circular(kernel, height, width):
+    """The matrix of the convolution on a torus."""
+    maps = torch.eye(kernel.shape[1] * height * width, dtype=kernel.dtype).view(-1, kernel.shape[1], height, width)
+    pads = [n // 2 for n in reversed(kernel.shape[-2:]) for _ in range(2)]
+    return torch.conv2d(torch.nn.functional.pad(maps, pads, mode="circular"), kernel).flatten(1)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 3, 3), (3, 2, 1, 3), (2, 3, 5, 3)])
+def test_convolution_norm_is_that_of_its_matrix_and_bounds_the_zero_padded_one(shape):
+    for seed in range(5):
+        kernel = normal(*shape, seed=seed)
+        norm = ConvolutionBall(1.0, (5, 7)).norm(kernel)
+        torch.testing.assert_close(norm, torch.linalg.matrix_norm(circular(kernel, 5, 7), 2))
+        height, width = 5 - shape[-2] // 2, 7 - shape[-1] // 2
+        padded = torch.linalg.matrix_norm(zero_padded(kernel, height, width), 2)
+        assert 0.5 * norm < padded <= norm * (1 + 1e-12)
+
+
+def test_the_norm_on_a_smaller_map_is_no_bound():
+    """What a projection on a grid of half the size misses."""
+    kernels = [normal(2, 2, 3, 3, seed=seed) for seed in range(20)]
+    true = [float(torch.linalg.matrix_norm(zero_padded(kernel, 6, 6), 2)) for kernel in kernels]
+    half, bound = ([float(ConvolutionBall(1.0, size).norm(k)) for k in kernels] for size in ((3, 3), (7, 7)))
+    assert min(h / t for h, t in zip(half, true, strict=True)) < 0.9
+    assert min(b / t for b, t in zip(bound, true, strict=True)) >= 1
+
+
+@pytest.mark.parametrize("scale", [0.02, 0.3, 3.0])
+@pytest.mark.parametrize("tol", [1e-3, 1e-7])
+def test_convolution_ball_is_feasible_and_idempotent(scale, tol):
+    project, point = ConvolutionBall(0.5, (5, 5), tol=tol), normal(3, 2, 3, 3, scale=scale)
+    once = project(point)
+    assert project.norm(once) <= 0.5 * (1 + 1e-12)
+    assert (project(once) - once).abs().max() < 1e-14
+    assert torch.equal(once, point) == (scale == 0.02)
+    assert once.shape == point.shape
+    assert project(point.float()).dtype == torch.float32
+
+
+def test_convolution_ball_gives_the_nearest_kernel():
+    """The variational inequality; and a 1x1 kernel, which is a matrix."""
+    project, point = ConvolutionBall(0.5, (5, 5), tol=1e-9), normal(2, 2, 3, 3, scale=0.6, seed=4)
+    nearest = project(point)
+    assert (point - nearest).norm() > 0.5
+    for seed in range(300):
+        q = nearest + normal(2, 2, 3, 3, seed=seed, scale=0.5 ** (seed % 9))
+        q = q * (0.5 / project.norm(q)).clamp(max=1.0)
+        assert torch.sum((point - nearest) * (q - nearest)) <= 1e-6
+    matrix = normal(4, 3)
+    found = ConvolutionBall(0.5, (5, 5), tol=1e-9)(matrix[:, :, None, None])
+    torch.testing.assert_close(found[:, :, 0, 0], SpectralBall(0.5)(matrix), rtol=0, atol=1e-8)
+
+
+def test_convolution_ball_within_few_steps_is_feasible():
+    project, point = ConvolutionBall(0.5, (5, 5), steps=2), normal(2, 2, 3, 3)
+    assert abs(float(project.norm(project(point))) - 0.5) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ConvolutionBall(0.0, (5, 5)),
+        lambda: ConvolutionBall(1.0, (0, 5)),
+        lambda: ConvolutionBall(1.0, (5, 5), steps=0),
+        lambda: ConvolutionBall(1.0, (5, 5), tol=0.0),
+        lambda: ConvolutionBall(1.0, (2, 2))(torch.zeros(1, 1, 3, 3)),
+        lambda: ConvolutionBall(1.0, (2, 2))(torch.zeros(2, 2)),
+    ],
+)
+def test_impossible_convolution_balls(make):
+    with pytest.raises(BilevelError, match="ConvolutionBall"):
+        make()

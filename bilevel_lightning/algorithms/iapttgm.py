@@ -82,8 +82,8 @@ class IAPTTGM(BilevelModule):
         return {**super().added_upper(y), **({} if given else {AUXILIARY + n: t for n, t in y.items()})}
 
     @override
-    def start_lower(self, x: Params) -> Params:
-        return auxiliary(x) or super().start_lower(x)
+    def start_lower(self, x: Params, episode: Any) -> Params:
+        return auxiliary(x) or super().start_lower(x, episode)
 
     @override
     def project_added(self) -> None:

@@ -2,6 +2,7 @@
 
 from bilevel_lightning.callbacks.budget import SampleBudget
 from bilevel_lightning.callbacks.cleaning import CleaningReport, SuspiciousImages, WeightHistogram
+from bilevel_lightning.callbacks.equilibrium import UpperStationarity
 from bilevel_lightning.callbacks.few_shot import AdaptationCurve, EpisodeFigure, FewShotReport, RegressionFigure
 from bilevel_lightning.callbacks.numerical import PathFigure, SolutionError
 from bilevel_lightning.callbacks.poisoning import PoisonedImages, PoisoningReport
@@ -20,5 +21,6 @@ __all__ = [
     "SampleBudget",
     "SolutionError",
     "SuspiciousImages",
+    "UpperStationarity",
     "WeightHistogram",
 ]

@@ -87,7 +87,7 @@ class _Bench:
             if device.type == "cuda":
                 torch.cuda.default_generators[device.index].manual_seed(self.seed)
             problem, z, pull_back = bind(self.module.hooks, self.episode, x)
-            yield problem, z, self.module.start_lower(x), pull_back
+            yield problem, z, self.module.start_lower(x, self.episode), pull_back
 
     def solved(self, steps: int) -> tuple[Params, float]:
         """Returns y after some lower steps, and how far it is from rest."""

@@ -6,14 +6,18 @@ logits. A task can put them on different levels.
 
 from bilevel_lightning.models.convnet import ConvNet, ConvNetBody
 from bilevel_lightning.models.dense import LinearNet, MLPNet, RegressionMLP
+from bilevel_lightning.models.equilibrium import Cell, ConvolutionalCell, DenseCell
 from bilevel_lightning.models.heads import ConvHead, LinearHead
 from bilevel_lightning.models.norm import PerStepBatchNorm2d, normalization
 from bilevel_lightning.models.resnet import ResNet12, ResNet12Body
 
 __all__ = [
+    "Cell",
     "ConvHead",
     "ConvNet",
     "ConvNetBody",
+    "ConvolutionalCell",
+    "DenseCell",
     "LinearHead",
     "LinearNet",
     "MLPNet",

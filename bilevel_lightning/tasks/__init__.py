@@ -1,5 +1,6 @@
 """The problems."""
 
+from bilevel_lightning.tasks.equilibrium import Equilibrium
 from bilevel_lightning.tasks.few_shot import FewShot, FewShotRegression
 from bilevel_lightning.tasks.hyper_cleaning import HyperCleaning
 from bilevel_lightning.tasks.numerical import (
@@ -15,9 +16,11 @@ from bilevel_lightning.tasks.numerical import (
     StronglyConvex,
 )
 from bilevel_lightning.tasks.poisoning import Poisoning
+from bilevel_lightning.tasks.selection import PenaltySelection, QuadraticSum
 
 __all__ = [
     "BDACounterExample",
+    "Equilibrium",
     "FewShot",
     "FewShotRegression",
     "GPBGDTrap",
@@ -27,7 +30,9 @@ __all__ = [
     "MerelyConvex",
     "NumericalTask",
     "PBGDToy",
+    "PenaltySelection",
     "Poisoning",
+    "QuadraticSum",
     "SinProblem",
     "SineSum",
     "StronglyConvex",

@@ -24,7 +24,7 @@ def prepared(task, **settings):
 def step(module):
     x = tree.detach(module.upper_parameters())
     problem, z, _ = module._bind(None, x)
-    return module.bilevel_step(problem, z, module.start_lower(x)), problem
+    return module.bilevel_step(problem, z, module.start_lower(x, None)), problem
 
 
 def worst(task, dynamics, steps):
@@ -106,7 +106,7 @@ def test_start_of_the_task_is_the_auxiliary_variable():
     found, problem = step(module)
     assert set(found.upper_grad) == {"log_ridge", "shift"}
     x = tree.detach(module.upper_parameters())
-    exact = reverse(problem, GradientDescent(0.2), x, module.start_lower(x), 5)[0]
+    exact = reverse(problem, GradientDescent(0.2), x, module.start_lower(x, None), 5)[0]
     assert relative(found.upper_grad, exact) < 1e-14
 
 

@@ -608,3 +608,53 @@ def test_workers_and_resuming_change_nothing(tmp_path):
     side, _ = sine(tmp_path / "side", 10, episodes_at_once=2)
     for n, t in plain.state_dict().items():
         torch.testing.assert_close(side.state_dict()[n], t, rtol=1e-10, atol=1e-12)
+
+
+# A start and a store for each episode.
+
+
+class Remembered(FewShot):
+    """Each of some tasks, whose ``number`` comes with the episode, starts where it last ended."""
+
+    def __init__(self, tasks):
+        super().__init__(body(), head(body().features), start="fixed")
+        self.fresh = tree.clone(tree.of(self.lower))
+        self.heads = [tree.clone(self.fresh) for _ in range(tasks)]
+        self.calls = []
+
+    def episode_lower(self, upper, episode):
+        return self.heads[int(episode["number"])] if self.training else self.fresh
+
+    def keep_lower(self, episode, lower):
+        self.calls.append(int(episode["number"]))
+        self.heads[int(episode["number"])] = tree.clone(lower)
+
+    def episodes(self, batch):
+        parts = super().episodes({key: batch[key] for key in ("support", "query")})
+        return [{**part, "number": number} for part, number in zip(parts, batch["number"], strict=True)]
+
+    def prepare(self, batch):
+        return {**super().prepare({key: batch[key] for key in ("support", "query")}), "number": batch["number"]}
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_tasks_that_remember_their_heads(at_once):
+    """The solution of each episode is kept, and is where it starts again, one by one or side by side."""
+    numbers = [[4, 0, 2], [0, 1, 4]]
+    batches = [{**images(3, seed=i), "number": torch.tensor(n)} for i, n in enumerate(numbers)]
+    own = Remembered(5)
+    module = RHG(
+        task=own, dynamics=GradientDescent(0.1), lower_steps=3, episodes_at_once=at_once, upper_optimizer=sgd(0.0)
+    )
+    trainer(2).fit(module, Given(batches))
+    assert own.calls == [4, 0, 2, 0, 1, 4]
+    heads, net = [own.fresh] * 5, network()
+    for batch in batches:
+        for i, *support in zip(batch["number"], *batch["support"], strict=True):
+            start = {**parameters(net), **{f"head.{name}": t.requires_grad_() for name, t in heads[i].items()}}
+            end = path(net, start, support, 0.1, 3, adapted="head.")[-1]
+            heads[i] = {name: end[f"head.{name}"].detach() for name in own.fresh}
+    for found, want in zip(own.heads, heads, strict=True):
+        for name, value in want.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-14)
+    assert not torch.equal(own.heads[0]["weight"], own.heads[1]["weight"])
