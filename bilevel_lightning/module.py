@@ -316,8 +316,11 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             raise BilevelError(
                 f"episodes(batch) returned {len(episodes)} problems, but one y persists; set persistent_lower = False."
             )
+        if not episodes:
+            raise BilevelError("episodes(batch) returned no problem: every batch must hold one, on every process.")
         if not self._checked:
             self._check(episodes[0], x)
+        weight = None if self.hooks.persistent_lower else len(episodes)  # processes may hold different numbers
         steps, problems = [], []
         groups = self._groups(episodes)
         for episode, number in groups:
@@ -330,7 +333,7 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             counts.update(taken)
             steps.append(step)
             problems.append((problem, tree.clone(z) if due else z))
-        gradient = mean_over_processes(tree.mean([s.upper_grad for s in steps], [n or 1 for _, n in groups]))
+        gradient = mean_over_processes(tree.mean([s.upper_grad for s in steps], [n or 1 for _, n in groups]), weight)
         norm = tree.norm(gradient)
         self._guard("The hypergradient", norm, self.upper_rates)
         sizes = [tree.norm(step.lower) for step in steps if not callable(step.lower)]
@@ -353,7 +356,8 @@ class BilevelModule(LightningModule, Bilevel, ABC):
                     {**step.logs, **diagnose(problem, z, y)}
                     for step, (problem, z), y in zip(steps, problems, lowers, strict=True)
                 ]
-            self._log_step({name: torch.cat([log[name].reshape(-1) for log in logs]).mean() for name in logs[0]}, norm)
+            means = {name: torch.cat([log[name].reshape(-1) for log in logs]).mean() for name in logs[0]}
+            self._log_step(mean_over_processes(means, weight), norm)
 
     def _groups(self, episodes: Sequence[Any]) -> list[tuple[Any, int | None]]:
         """Returns what is solved at once: single episodes with None, or stacks of several with their number."""
@@ -466,8 +470,7 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             scheduler.step()  # type: ignore[union-attr]
 
     def _log_step(self, logs: Params, norm: Tensor) -> None:
-        logs["train/hypergradient_norm"] = norm
-        logs = mean_over_processes(logs)
+        logs["train/hypergradient_norm"] = norm  # the same on all processes
         for name, p in self.learnable.items():
             kind, _, label = name.partition("/")
             if kind == "dynamics" and p.ndim == 0:
@@ -564,6 +567,11 @@ class BilevelModule(LightningModule, Bilevel, ABC):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Lightning converts a module to float64 after it has loaded it, when half of the digits are lost.
+        if self._trainer is not None:
+            self._trainer.precision_plugin.convert_module(self)
+        else:
+            self.to(next(t.dtype for t in checkpoint["state_dict"].values() if t.is_floating_point()))
         if self._trainer is not None and self._trainer.training and "random_state" in checkpoint:
             torch.set_rng_state(checkpoint["random_state"]["torch"].cpu())
             if torch.cuda.is_available():
