@@ -24,7 +24,7 @@ from bilevel_lightning.errors import BilevelError, positive
 from bilevel_lightning.interval import Interval
 from bilevel_lightning.problem import BilevelProblem, Functional, Operator, bind, own, running_norms, split, stack
 from bilevel_lightning.state import State
-from bilevel_lightning.task import Bilevel, BilevelTask, Minibatches
+from bilevel_lightning.task import Bilevel, BilevelTask, Draws, Minibatches
 from bilevel_lightning.tree import Params
 
 ORACLES = (
@@ -100,6 +100,8 @@ class BilevelModule(LightningModule, Bilevel, ABC):
 
     least_lower_steps = 1
     compilable = False
+    partitioned = False
+    """Whether minibatches must be parts of a fixed partition of the samples, each part being remembered."""
     side_by_side = False
     """Whether `bilevel_step` treats episodes side by side as it would one after the other."""
     estimates_hypergradient = True
@@ -180,7 +182,7 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             The direction for x, an estimate of the hypergradient, by the names of x; and the new y.
         """
 
-    def initial_state(self, y: Params) -> dict[str, Params]:
+    def initial_state(self, x: Params, y: Params) -> dict[str, Params]:
         """Returns what the algorithm keeps from one upper iteration to the next besides y, by name; default: nothing.
 
         It is asked only where one y persists. `kept` reads it; what `Step.state` holds replaces it after the iteration.
@@ -225,8 +227,11 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             state = self.evaluation_dynamics.step(problem, x, state, t)
             yield state[0]
 
-    def minibatches(self, k: int) -> tuple[int, int]:
-        """Returns how many lower and upper minibatches upper iteration ``k`` takes, where data come in minibatches."""
+    def minibatches(self, k: int) -> tuple[Draws, Draws]:
+        """Returns which lower and upper minibatches upper iteration ``k`` takes, where data come in minibatches.
+
+        For each level their number, or a list with the size of each in batch sizes, 0 for all samples of the level.
+        """
         return self.lower_steps, 1
 
     def solve_lower(self, problem: BilevelProblem, x: Params, y: Params) -> Params:
@@ -263,7 +268,8 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         if not self.warm_start and self.hooks.persistent_lower:
             self.cold_start = State(y)
         if self.hooks.persistent_lower:
-            self.states.update({name: State(values) for name, values in self.initial_state(tree.detach(y)).items()})
+            start = tree.detach(self.upper_parameters()), tree.detach(y)
+            self.states.update({name: State(values) for name, values in self.initial_state(*start).items()})
         self._checked = False
 
     @override

@@ -2,8 +2,9 @@
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
@@ -31,7 +32,7 @@ class BilevelProblem:
     ``dynamics/...`` are learnable settings of the lower dynamics, ``prepared/...`` what `Bilevel.prepare` computed.
 
     Args:
-        f: upper loss.
+        f: upper loss, or one for each upper minibatch, whose mean it is.
         g: lower loss, or one for each lower minibatch; lower step t uses number ``t mod len``.
         prox: proximal map (or projection) of the lower level, ``prox(x, y, step)``; default: identity.
         nonsmooth: the term h(x, y) of the lower level that ``prox`` stands for: the whole lower loss is g + h, whose
@@ -40,7 +41,9 @@ class BilevelProblem:
         initial: y_0(x), where the start of the lower level depends on x (MAML).
         reduce: differentiable average over processes, where y is shared by them; default: identity.
         agree: makes random directions equal on the processes that share y; default: identity.
-        samples: how many samples each lower minibatch and the upper batch hold, to count what was touched.
+        samples: how many samples each lower minibatch and each upper one hold, to count what was touched.
+        parts: by level, ``lower`` or ``upper``, where its minibatches are parts of a fixed partition of its samples:
+            the numbers of the parts, and each part's share of the samples.
         episodes: number E of independent problems side by side: tensors of y, and those that `Bilevel.prepare` made,
             have a leading dimension E, f and g return one value for each, and what is differentiated is their sum;
             None: a single problem.
@@ -54,15 +57,17 @@ class BilevelProblem:
         nonsmooth: h, or None.
         constrained: whether the lower level has a proximal map or a projection.
         minibatches: number of lower minibatches.
+        parts: as given.
         rule: how tracked gradients are differentiated (`derivatives`).
         counts: number of evaluated oracles so far, by name: ``upper_gradients``, ``lower_gradients``, ``lower_values``,
             ``upper_values``, ``hessian_products`` (g_yy v), ``cross_products`` (g_xy v), ``fixed_point_maps``, and
-            ``samples``, how many samples all of them touched.
+            ``samples``, how many samples all of them touched; a gradient that is only built to be multiplied with
+            touches those of the products.
     """
 
     def __init__(
         self,
-        f: Loss,
+        f: Loss | Sequence[Loss],
         g: Loss | Sequence[Loss],
         *,
         prox: Callable[[Params, Params, float | Tensor], Params] | None = None,
@@ -71,12 +76,14 @@ class BilevelProblem:
         initial: Callable[[Params], Params] | None = None,
         reduce: Operator | None = None,
         agree: Operator | None = None,
-        samples: tuple[Sequence[int], int] = ((0,), 0),
+        samples: tuple[Sequence[int], Sequence[int]] = ((0,), (0,)),
+        parts: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({}),
         episodes: int | None = None,
         evaluate: Callable[[str, Params, Params], Any] = lambda method, x, y: {},
         enter: Callable[[int], None] | None = None,
     ) -> None:
-        self._f, self.episodes, self._evaluate = f, episodes, evaluate
+        self._f = [f] if callable(f) else list(f)
+        self.episodes, self._evaluate = episodes, evaluate
         self._enter, self._last = enter, [-1]
         self._g = [g] if callable(g) else list(g)
         self.nonsmooth = nonsmooth
@@ -85,7 +92,7 @@ class BilevelProblem:
         self.minibatches = max(len(self._g), len(fixed_point))
         self._reduce = reduce or (lambda values: values)
         self.agree = agree or (lambda values: values)
-        self._samples = samples
+        self._samples, self.parts = samples, parts
         self.rule: Rule = "graph"
         self._radius, self._weights = 0.0, (0.0, 1.0)
         self.counts: Counter[str] = Counter()
@@ -120,17 +127,20 @@ class BilevelProblem:
         other._g = [blended(g) for g in self._g]
         return other
 
-    def count(self, oracle: str, t: int | None = None, times: int = 1) -> None:
-        """Adds ``times`` evaluations of an oracle on lower minibatch ``t``, or on the upper batch (None)."""
+    def count(self, oracle: str, t: int | None = None, times: int = 1, *, touched: bool = True) -> None:
+        """Adds ``times`` evaluations of an oracle on lower minibatch ``t``, or on all upper ones (None).
+
+        ``touched`` False leaves out their samples.
+        """
         if oracle == "lower_gradients" and self._weights != (0.0, 1.0):  # of a blend
             if self._weights[0]:
-                self.count("upper_gradients", times=times)
+                self.count("upper_gradients", times=times, touched=touched)
             if not self._weights[1]:
                 return
         lower, upper = self._samples
         times *= self.episodes or 1
         self.counts[oracle] += times
-        self.counts["samples"] += times * (upper if t is None else lower[t % len(lower)])
+        self.counts["samples"] += touched * times * (sum(upper) if t is None else lower[t % len(lower)])
 
     def each_f(self, x: Params, y: Params, steps: int | None = None) -> Tensor:
         """Returns the upper loss, of shape ``(episodes,)`` where there are several side by side.
@@ -138,7 +148,8 @@ class BilevelProblem:
         ``steps``: how many lower steps are taken, for `Bilevel.at_lower_step`; default: all so far.
         """
         self.enter(steps)
-        return self._f(x, y)
+        values = [f(x, y) for f in self._f]
+        return values[0] if len(values) == 1 else torch.stack(values).mean(0)
 
     def enter(self, steps: int | None = None) -> None:
         """Calls `Bilevel.at_lower_step` for what is evaluated after ``steps`` lower steps; default: all so far."""
@@ -250,11 +261,21 @@ class BilevelProblem:
 
     def hessian_products(self, x: Params, y: Params, t: int = 0) -> tuple[Operator, Operator]:
         """Returns the maps v -> g_yy v and v -> g_xy v at (x, y); the gradient's graph is built once for both."""
-        self.count("lower_gradients", t)
+        self.count("lower_gradients", t, touched=False)
         x, y = tree.leaf(x), tree.leaf(y)
         with torch.enable_grad(), PlainAttention():
             g_y = tree.grad(self.g(x, y, t), y, create_graph=True)[0]
         return self._product(g_y, "hessian_products", y, t), self._product(g_y, "cross_products", x, t)
+
+    def gradient_and_products(self, x: Params, y: Params, v: Params, t: int = 0) -> tuple[Params, Params, Params]:
+        """Returns g_y, g_yy v and g_xy v at (x, y), from one evaluation on minibatch ``t``."""
+        for oracle in ("lower_gradients", "hessian_products", "cross_products"):
+            self.count(oracle, t)
+        x, y = tree.leaf(x), tree.leaf(y)
+        with torch.enable_grad(), PlainAttention():
+            (g_y,) = tree.grad(self.g(x, y, t), y, create_graph=True)
+        cross, product = tree.vjp([*g_y.values()], [v[name] for name in g_y], x, y)
+        return self._reduce(tree.detach(g_y)), self._reduce(product), self._reduce(cross)
 
     def map_products(
         self, phi: Callable[["BilevelProblem", Params, Params], Params], x: Params, y: Params, t: int = 0
@@ -428,26 +449,33 @@ def start_depends_on_x(task: Bilevel) -> bool:
 
 def _prepare(
     task: Bilevel, call: Functional, batch: Any, x: Params, episodes: int | None
-) -> tuple[Params, Callable[[Params], Any], Operator]:
-    """Runs `Bilevel.prepare`: the prepared tensors, the batch as a function of them, and their pull-back to x."""
+) -> tuple[Any, Params, Operator]:
+    """Runs `Bilevel.prepare`: the batch, what was prepared of it by name, and the pull-back of that to x."""
     if type(task).prepare is Bilevel.prepare:
-        return {}, lambda x: batch, lambda gradient: gradient
+        return batch, {}, lambda gradient: gradient
     source = tree.leaf(x)
     with torch.enable_grad():
         if episodes is None:
-            leaves, spec = tree_flatten(call.at(source, {}, "prepare", batch))
+            batch = call.at(source, {}, "prepare", batch)
         else:
-            leaves, spec = tree_flatten(_side_by_side(lambda _, data: call.at(source, {}, "prepare", data), {}, batch))
-    prepared = {f"prepared/{i}": t for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.requires_grad}
-
-    def fill(x: Params) -> Any:
-        return tree_unflatten([x.get(f"prepared/{i}", t) for i, t in enumerate(leaves)], spec)
+            batch = _side_by_side(lambda _, data: call.at(source, {}, "prepare", data), {}, batch)
+    leaves = [t for t in tree_flatten(batch)[0] if isinstance(t, Tensor) and t.requires_grad]
+    prepared = {f"prepared/{i}": t for i, t in enumerate(leaves)}
 
     def pull_back(gradient: Params) -> Params:
         through = tree.vjp([*prepared.values()], [gradient[name] for name in prepared], source)[0]
         return {name: gradient[name] + through[name] for name in source}
 
-    return tree.detach(prepared), fill, pull_back
+    return batch, prepared, pull_back
+
+
+def _filled(part: Any, prepared: Params) -> Callable[[Params], Any]:
+    """Returns a part of a batch as a function of x, whose ``prepared/...`` take the places of what was prepared."""
+    names = {id(t): name for name, t in prepared.items()}
+    leaves, spec = tree_flatten(part)
+    if not any(id(leaf) in names for leaf in leaves):
+        return lambda x: part
+    return lambda x: tree_unflatten([x[names[id(t)]] if id(t) in names else t for t in leaves], spec)
 
 
 def bind(
@@ -473,15 +501,15 @@ def bind(
         pulls a gradient with respect to those back to x.
     """
     call = Functional(task)
-    z, fill, pull_back = _prepare(task, call, batch, x, episodes)
+    batch, z, pull_back = _prepare(task, call, batch, x, episodes)
 
-    def level(method: str, part: int | None, t: int | None = None) -> Any:
+    def on(part: Any, method: str) -> Any:
+        fill = _filled(part, z)
+
         def loss(x: Params, y: Params) -> Any:
-            data = fill(x) if part is None else split(fill(x))[part]
-            data = data if t is None else data[t]
             if episodes is None:
-                return call.at(x, y, method, data)
-            return _side_by_side(lambda y, data: call.at(x, y, method, data), y, data)
+                return call.at(x, y, method, fill(x))
+            return _side_by_side(lambda y, data: call.at(x, y, method, data), y, fill(x))
 
         return loss
 
@@ -493,27 +521,26 @@ def bind(
     def initial(x: Params) -> Params:
         return tree.repeat(task.initial_lower(own(x)), episodes)
 
-    lower, upper = split(batch)
+    lower, upper = ([*part] if isinstance(part, Minibatches) else [part] for part in split(batch))
     number = partial(size, dim=0 if episodes is None else 1)
-    several = isinstance(lower, Minibatches)
-    steps: Sequence[int | None] = range(len(lower)) if several else [None]
     hooks = type(task)
     constrained = hooks.prox_lower is not Bilevel.prox_lower or hooks.project_lower is not Bilevel.project_lower
     nonsmooth = hooks.nonsmooth_lower is not Bilevel.nonsmooth_lower
     mapped = hooks.fixed_point_map is not Bilevel.fixed_point_map
     shared = task.persistent_lower
     problem = BilevelProblem(
-        level("upper_loss", 1),
-        [level("lower_loss", 0, t) for t in steps],
+        [on(part, "upper_loss") for part in upper],
+        [on(part, "lower_loss") for part in lower],
         prox=prox if constrained else None,
         nonsmooth=(lambda x, y: task.nonsmooth_lower(own(x), y)) if nonsmooth else None,
-        fixed_point=[level("fixed_point_map", 0, t) for t in steps] if mapped else (),
+        fixed_point=[on(part, "fixed_point_map") for part in lower] if mapped else (),
         initial=initial if start_depends_on_x(task) else None,
         reduce=reduce if shared else None,
         agree=agree if shared else None,
-        samples=([number(part) for part in lower] if several else [number(lower)], number(upper)),
+        samples=([*map(number, lower)], [*map(number, upper)]),
+        parts=batch.get("parts", {}) if isinstance(batch, dict) else {},
         episodes=episodes,
-        evaluate=lambda method, x, y: level(method, None)(x, y),
+        evaluate=lambda method, x, y: on(batch, method)(x, y),
         enter=task.at_lower_step if hooks.at_lower_step is not Bilevel.at_lower_step else None,
     )
-    return problem, {**x, **z}, pull_back
+    return problem, {**x, **tree.detach(z)}, pull_back

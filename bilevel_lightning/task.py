@@ -1,19 +1,34 @@
 """What a user writes to state a bilevel problem: two losses over two groups of parameters."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from pytorch_lightning import Callback, LightningDataModule
 from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
 
 from bilevel_lightning import tree
 from bilevel_lightning.errors import BilevelError
 from bilevel_lightning.tree import Params
 
+Draws: TypeAlias = int | Sequence[int]
+"""How many minibatches, or the size of each in batch sizes, 0 for all samples."""
+
 
 class Minibatches(list[Any]):
-    """Several minibatches of one level in one upper iteration; lower step ``t`` uses entry ``t mod len``."""
+    """Several minibatches of one level in one upper iteration.
+
+    Lower step ``t`` uses entry ``t mod len``; the upper loss is the mean over the upper entries.
+    """
+
+
+register_pytree_node(
+    Minibatches,
+    lambda parts: (list(parts), None),
+    lambda parts, _: Minibatches(parts),
+    serialized_type_name="bilevel_lightning.Minibatches",
+)
 
 
 class Bilevel:

@@ -5,6 +5,7 @@ from bilevel_lightning.datamodules.cleaning import CleaningData
 from bilevel_lightning.datamodules.digits import DigitsCleaning
 from bilevel_lightning.datamodules.episodes import EpisodicDataModule
 from bilevel_lightning.datamodules.fewshot_images import FewShotImages
+from bilevel_lightning.datamodules.levels import TwoLevelData
 from bilevel_lightning.datamodules.mini_imagenet import MiniImageNet
 from bilevel_lightning.datamodules.mnist import FashionMNISTCleaning, MNISTCleaning
 from bilevel_lightning.datamodules.nothing import NoData
@@ -25,4 +26,5 @@ __all__ = [
     "Omniglot",
     "Sinusoid",
     "TieredImageNet",
+    "TwoLevelData",
 ]

@@ -9,14 +9,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torchvision.datasets.folder import default_loader
 from typing_extensions import override
 
-from bilevel_lightning.datamodules.iterations import Iterations, Whole, draw
+from bilevel_lightning.datamodules.iterations import Whole
+from bilevel_lightning.datamodules.levels import Samples, TwoLevelData
 from bilevel_lightning.errors import BilevelError
-from bilevel_lightning.task import Minibatches
 
 
 class Source(NamedTuple):
@@ -26,7 +25,7 @@ class Source(NamedTuple):
     labels: Tensor
 
 
-class CleaningData(LightningDataModule):
+class CleaningData(TwoLevelData):
     r"""Base of the hyper-cleaning data modules.
 
     A shuffle with ``seed`` gives the first ``train_samples`` images to the lower level, the next ``val_samples`` to the
@@ -67,7 +66,7 @@ class CleaningData(LightningDataModule):
 
     image_shape: tuple[int, int, int]
     classes = 10
-    levels = 255.0
+    grey_levels = 255.0
 
     def __init__(
         self,
@@ -83,28 +82,26 @@ class CleaningData(LightningDataModule):
         label_noise: Literal["different", "any"] = "different",
         test_split: Literal["official", "train"] = "official",
     ) -> None:
-        super().__init__()
-        self.save_hyperparameters()
-        if not 0 <= noise_rate < 1:
-            raise BilevelError(f"data.noise_rate must be in [0, 1), got {noise_rate}.")
-        sizes = {"train_samples": train_samples, "val_samples": val_samples, "epoch_length": epoch_length}
+        sizes = {"train_samples": train_samples, "val_samples": val_samples}
         batches = {
             "lower_batch_size": (lower_batch_size, train_samples),
             "upper_batch_size": (upper_batch_size, val_samples),
         }
-        if round(noise_rate * train_samples) == train_samples > 0:
-            raise BilevelError(f"data.noise_rate={noise_rate} leaves no right label of {train_samples}; lower it.")
         for name, value in sizes.items():
             if value < 1:
                 raise BilevelError(f"data.{name} must be at least 1, got {value}.")
         for name, (size, samples) in batches.items():
             if size is not None and not 1 <= size <= samples:
                 raise BilevelError(f"data.{name} must be between 1 and the {samples} samples of its level, got {size}.")
+        if not 0 <= noise_rate < 1:
+            raise BilevelError(f"data.noise_rate must be in [0, 1), got {noise_rate}.")
+        if round(noise_rate * train_samples) == train_samples > 0:
+            raise BilevelError(f"data.noise_rate={noise_rate} leaves no right label of {train_samples}; lower it.")
+        super().__init__(lower_batch_size, upper_batch_size, epoch_length, seed)
+        self.save_hyperparameters()
         self.root = Path(root or os.environ.get("BILEVEL_DATA_DIR", "data")).expanduser()
         self.download = download
         self.train_samples, self.val_samples, self.noise_rate = train_samples, val_samples, noise_rate
-        self.lower_batch_size, self.upper_batch_size = lower_batch_size, upper_batch_size
-        self.epoch_length, self.seed = epoch_length, seed
         self.label_noise, self.test_split = label_noise, test_split
 
     @abstractmethod
@@ -142,7 +139,7 @@ class CleaningData(LightningDataModule):
             chosen = [default_loader(name) for name in chosen]
         images = torch.from_numpy(np.stack([np.asarray(image) for image in chosen]))
         images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
-        images = images.contiguous().float() / self.levels
+        images = images.contiguous().float() / self.grey_levels
         broken = (~torch.isfinite(images)).flatten(1).any(1).nonzero().flatten()
         if len(broken):
             raise BilevelError(
@@ -164,39 +161,9 @@ class CleaningData(LightningDataModule):
             clean[i] = False
         return given, clean
 
-    # Loaders. The data are moved to the training device once; a batch is a view or a gather there.
-
     @override
-    def train_dataloader(self) -> Iterations:
-        assert self.trainer is not None
-        device, rank, world = self.trainer.strategy.root_device, self.trainer.global_rank, self.trainer.world_size
-        module: Any = self.trainer.lightning_module
-        for name in ("lower_batch_size", "upper_batch_size"):
-            size = getattr(self, name)
-            if size is not None and size < world:
-                raise BilevelError(f"data.{name}={size} is less than the {world} processes that share it; raise it.")
-        levels = [
-            (tuple(t.to(device) for t in data), size)
-            for data, size in ((self.train, self.lower_batch_size), (self.val, self.upper_batch_size))
-        ]
-
-        def take(data: tuple[Tensor, ...], index: Tensor | slice) -> tuple[Tensor, ...]:
-            return tuple(t[index] for t in data)
-
-        def batch(k: int) -> dict[str, Any]:
-            parts: list[Any] = []
-            for level, ((data, size), number) in enumerate(zip(levels, module.minibatches(k), strict=True)):
-                samples = len(data[0])
-                share = slice(rank, (size or samples) // world * world, world)
-                if size is None:
-                    parts.append(take(data, share))
-                else:
-                    drawn = [draw(self.seed, k, level, i, samples, size)[share].to(device) for i in range(number)]
-                    parts.append(Minibatches([take(data, index) for index in drawn]))
-            upper = parts[1][0] if isinstance(parts[1], Minibatches) else parts[1]
-            return {"lower": parts[0], "upper": upper}
-
-        return Iterations(batch, self.epoch_length, self.trainer)
+    def levels(self) -> tuple[Samples, Samples]:
+        return self.train, self.val
 
     @override
     def val_dataloader(self) -> Whole:

@@ -25,7 +25,7 @@ class DigitsCleaning(CleaningData):
     """
 
     image_shape = (1, 8, 8)
-    levels = 16.0
+    grey_levels = 16.0
 
     def __init__(
         self,

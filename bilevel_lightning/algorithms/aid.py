@@ -66,7 +66,7 @@ class AID(BilevelModule):
         self.linear_solver, self.warm_start_linear = linear_solver, warm_start_linear
 
     @override
-    def initial_state(self, y: Params) -> dict[str, Params]:
+    def initial_state(self, x: Params, y: Params) -> dict[str, Params]:
         return {"v": {name: torch.zeros_like(t) for name, t in y.items()}} if self.warm_start_linear else {}
 
     @override

@@ -62,7 +62,7 @@ class BVFSM(BilevelModule):
         self.tau, self.penalty = scheduled("tau", tau), penalty
 
     @override
-    def initial_state(self, y: Params) -> dict[str, Params]:
+    def initial_state(self, x: Params, y: Params) -> dict[str, Params]:
         return {"z": y} if self.warm_start else {}
 
     @override

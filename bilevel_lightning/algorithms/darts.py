@@ -40,7 +40,7 @@ class DARTS(BilevelModule):
         self.radius = positive("radius", radius)
 
     @override
-    def initial_state(self, y: Params) -> dict[str, Params]:
+    def initial_state(self, x: Params, y: Params) -> dict[str, Params]:
         memories = self.dynamics.start(y)[1:] if self.warm_start else ()
         return {f"memory{i}": memory for i, memory in enumerate(memories)}
 

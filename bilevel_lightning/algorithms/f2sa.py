@@ -49,7 +49,7 @@ class F2SA(BilevelModule):
         self.gamma, self.order = scheduled("gamma", gamma), order
 
     @override
-    def initial_state(self, y: Params) -> dict[str, Params]:
+    def initial_state(self, x: Params, y: Params) -> dict[str, Params]:
         return {"z": y} if self.warm_start else {}
 
     @override

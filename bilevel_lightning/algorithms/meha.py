@@ -65,7 +65,7 @@ class MEHA(SingleLoop):
         self.gamma, self.c = positive("gamma", gamma), scheduled("c", c)
 
     @override
-    def initial_state(self, y: Params) -> dict[str, Params]:
+    def initial_state(self, x: Params, y: Params) -> dict[str, Params]:
         return {"theta": y}
 
     @override

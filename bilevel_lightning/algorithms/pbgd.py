@@ -89,7 +89,7 @@ class VPBGD(PBGD):
         self.twin = twin
 
     @override
-    def initial_state(self, y: Params) -> dict[str, Params]:
+    def initial_state(self, x: Params, y: Params) -> dict[str, Params]:
         return {"twin": y} if self.twin == "persistent" else {}
 
     @override

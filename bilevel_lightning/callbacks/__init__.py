@@ -1,5 +1,6 @@
 """Figures, reports and diagnostics."""
 
+from bilevel_lightning.callbacks.budget import SampleBudget
 from bilevel_lightning.callbacks.cleaning import CleaningReport, SuspiciousImages, WeightHistogram
 from bilevel_lightning.callbacks.few_shot import AdaptationCurve, EpisodeFigure, FewShotReport, RegressionFigure
 from bilevel_lightning.callbacks.numerical import PathFigure, SolutionError
@@ -13,6 +14,7 @@ __all__ = [
     "PathFigure",
     "RegressionFigure",
     "ResidualStopping",
+    "SampleBudget",
     "SolutionError",
     "SuspiciousImages",
     "WeightHistogram",
