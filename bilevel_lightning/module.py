@@ -77,6 +77,10 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         upper_optimizer: optimizer of x: any of torch's that needs no closure. Default Adam with step size 0.01.
         upper_scheduler: its step-size schedule, stepped once per upper iteration. Default none.
         upper_clip_norm: bound on the Euclidean norm of the hypergradient. Default none.
+        upper_clip_value: bound on each entry's absolute value, applied before that on the norm. Default none.
+        accumulate: number n of batches whose hypergradients are averaged before x steps once, for more episodes than
+            memory holds. A persistent y moves with each batch. What was gathered survives validations and epochs and
+            lies in the checkpoint; what the end of a run leaves of a window is not used. Default 1.
         dynamics: one step of the lower level. Default gradient descent with step size 0.1.
         lower_steps: number T of lower steps in one upper iteration. Default 20.
         warm_start: start the lower level at the last iteration's y (True, default) or at the y of the beginning.
@@ -116,6 +120,8 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         upper_optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=0.01),
         upper_scheduler: LRSchedulerCallable | None = None,
         upper_clip_norm: float | None = None,
+        upper_clip_value: float | None = None,
+        accumulate: int = 1,
         dynamics: Dynamics = GradientDescent(lr=0.1),  # noqa: B008 (a value: it has no state)
         lower_steps: int = 20,
         warm_start: bool = True,
@@ -134,11 +140,19 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             del self.hparams[name]
         self.task = task
         self.upper_optimizer, self.upper_scheduler = upper_optimizer, upper_scheduler
-        if upper_clip_norm is not None:
-            positive("upper_clip_norm", upper_clip_norm)
+        for name, bound in (("upper_clip_norm", upper_clip_norm), ("upper_clip_value", upper_clip_value)):
+            if bound is not None:
+                positive(name, bound)
         if lower_steps < self.least_lower_steps:
             raise BilevelError(f"lower_steps must be at least {self.least_lower_steps}, got {lower_steps}.")
-        self.upper_clip_norm = upper_clip_norm
+        self.upper_clip_norm, self.upper_clip_value = upper_clip_norm, upper_clip_value
+        self.accumulate = int(positive("accumulate", accumulate))
+        if self.accumulate > 1 and upper_iterations > 1:
+            raise BilevelError(
+                "accumulate gathers several batches for one upper iteration, upper_iterations takes several on one "
+                "batch: leave one of them out."
+            )
+        self._gathered: tuple[int, Params] = (0, {})  # batches since x stepped, and their hypergradients' sum
         self.dynamics, self.lower_steps, self.warm_start = dynamics, lower_steps, warm_start
         self.upper_iterations = int(positive("upper_iterations", upper_iterations))
         several = episodes_at_once is not None and int(positive("episodes_at_once", episodes_at_once)) > 1
@@ -345,7 +359,10 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         sizes = [tree.norm(step.lower) for step in steps if not callable(step.lower)]
         if sizes:  # the same on all processes, so that all of them stop
             self._guard("y", mean_over_processes({"": torch.stack(sizes).mean()})[""], self.lower_rates)
-        self._step_upper(gradient, norm)
+        full = self._gather(gradient)
+        if full is not None:
+            norm = tree.norm(full)
+            self._step_upper(full, norm)
         lowers = [
             self._follow(s.lower, e, counts) if callable(s.lower) else s.lower
             for s, (e, _) in zip(steps, groups, strict=True)
@@ -356,7 +373,7 @@ class BilevelModule(LightningModule, Bilevel, ABC):
                 self.states[name].set(values)  # type: ignore[operator]
         self._count(counts)
         self._advance_statistics(episodes)
-        if due:
+        if due and full is not None:
             with self._aside():
                 logs = [
                     {**step.logs, **diagnose(problem, z, y)}
@@ -459,9 +476,28 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         """A context for what must not change the random numbers of training."""
         return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
 
+    @property
+    def batches(self) -> int:
+        """Upper iterations so far, or with ``accumulate`` batches."""
+        return self.global_step * self.accumulate + self._gathered[0]
+
+    def _gather(self, gradient: Params) -> Params | None:
+        """Returns the mean of the last ``accumulate`` hypergradients where x is due to step, else None."""
+        if self.accumulate == 1:
+            return gradient
+        number, total = self._gathered
+        total = {name: t + total[name].to(t) for name, t in gradient.items()} if number else gradient
+        number += 1
+        full = number >= self.accumulate
+        self._gathered = (0, {}) if full else (number, total)
+        return {name: t / number for name, t in total.items()} if full else None
+
     def _step_upper(self, gradient: Params, norm: Tensor) -> None:
         """Steps, projects and schedules x."""
         optimizer = self.optimizers()
+        if self.upper_clip_value is not None:
+            gradient = {name: t.clamp(-self.upper_clip_value, self.upper_clip_value) for name, t in gradient.items()}
+            norm = tree.norm(gradient)
         scale = 1.0 if self.upper_clip_norm is None else (self.upper_clip_norm / norm).clamp(max=1.0)
         for name, p in self.upper_parameters().items():
             p.grad = gradient[name] * scale
@@ -570,6 +606,7 @@ class BilevelModule(LightningModule, Bilevel, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         checkpoint["random_state"] = {"torch": torch.get_rng_state(), "cuda": cuda}
+        checkpoint["accumulated"] = self._gathered
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -578,6 +615,7 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             self._trainer.precision_plugin.convert_module(self)
         else:
             self.to(next(t.dtype for t in checkpoint["state_dict"].values() if t.is_floating_point()))
+        self._gathered = checkpoint.get("accumulated", (0, {}))
         if self._trainer is not None and self._trainer.training and "random_state" in checkpoint:
             torch.set_rng_state(checkpoint["random_state"]["torch"].cpu())
             if torch.cuda.is_available():
