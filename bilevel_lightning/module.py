@@ -69,6 +69,9 @@ class BilevelModule(LightningModule, Bilevel, ABC):
     A run whose direction or y grows beyond 1e8 times its first norm, or is NaN, ends with a message that names the step
     size to lower, before x or y takes the value.
 
+    With ``bf16-mixed``, upper iterations are computed in float32, validation, test and prediction in bfloat16. A loss that
+    is to be cheaper than it is exact opens `torch.autocast` itself, around the part in question.
+
     Losses may contain dropout and batch normalisation. Running statistics are not changed by the many evaluations of
     an iteration; they advance once, on the lower batch at (x_{k+1}, y_{k+1}).
 
@@ -322,10 +325,12 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         due = bool(every) and (self.global_step // self.upper_iterations + 1) % every == 0
         left = self.upper_iterations if last < 0 else min(self.upper_iterations, last - self.global_step)
-        for i in range(left):
-            self._upper_iteration(batch, due and i == left - 1)
-            if self.trainer.should_stop:
-                break
+        # bfloat16 would change hypergradients by 6 % and more (docs/trust.md); evaluations keep it.
+        with torch.autocast(self.device.type, enabled=False):
+            for i in range(left):
+                self._upper_iteration(batch, due and i == left - 1)
+                if self.trainer.should_stop:
+                    break
 
     def _upper_iteration(self, batch: Any, due: bool) -> None:
         """Steps x and y once."""

@@ -54,7 +54,7 @@ class Patches(CleaningData):
         images = np.clip(80 * labels[:, None, None] + rng.integers(0, 60, (60, 2, 2)), 0, 255)
         return Source(images.astype(np.uint8), torch.from_numpy(labels))
 
-    val_dataloader = test_dataloader = None
+    val_dataloader = None
 
 
 def episode(number):
@@ -64,7 +64,10 @@ def episode(number):
     out = {}
     for part, shots in (("support", 2 + number % 3), ("query", 3 + number // 3 % 2)):
         labels = np.repeat([0, 1], shots)
-        out[part] = torch.from_numpy(centers[labels] + rng.normal(size=(len(labels), 3))), torch.from_numpy(labels)
+        out[part] = (
+            torch.from_numpy(centers[labels] + rng.normal(size=(len(labels), 3))).float(),
+            torch.from_numpy(labels),
+        )
     return out
 
 
@@ -113,11 +116,11 @@ def made(case, problem):
     return getattr(algorithms, name)(task=task, upper_scheduler=scheduler, **settings)
 
 
-def trained(case, problem, *, ckpt_path=None, workers=0, **settings):
+def trained(case, problem, *, ckpt_path=None, workers=0, steps=STEPS, precision="64-true", **settings):
     """Trains; returns all that a checkpoint holds of the module, whether random numbers were drawn, or the refusal."""
     module = made(case, problem)
     data = Patches() if problem == "cleaning" else Uneven(workers)
-    run = trainer(STEPS * module.upper_iterations, precision="64-true", **settings)
+    run = trainer(steps * module.upper_iterations, precision=precision, **settings)
     before = torch.get_rng_state()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LinearSystemWarning)  # solved badly, it is to be the same system all the same

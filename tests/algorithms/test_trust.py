@@ -3,6 +3,10 @@
 import pytest
 import torch
 from contract import CASES, PROBLEMS, STEPS, Save, episodes_seen, file, trained, worker
+from loops import Batches, trainer
+from problems import Quadratic
+
+from bilevel_lightning import algorithms
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +85,43 @@ def test_processes_train_on_different_episodes_and_together_on_all(runs):
     assert len({*first}) == len({*second}) == 8
     assert not {*first} & {*second}
     assert {*first} | {*second} == {*found["seen"]}
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("case", algorithms.__all__)
+def test_mixed_precision_leaves_hypergradients_in_float32(case, problem):
+    """Products of second derivatives, and all else that x and y move by, are not rounded to bfloat16."""
+    whole, mixed = (trained(case, problem, steps=2, precision=p) for p in ("32-true", "bf16-mixed"))
+    assert whole.keys() == mixed.keys()
+    if "refused" not in whole:
+        assert whole["state"]["task.upper.logits" if problem == "cleaning" else "task.upper.head.weight"].dtype == (
+            torch.float32
+        )
+        assert all(torch.equal(t, leaves(mixed)[name]) for name, t in leaves(whole).items())
+
+
+def test_mixed_precision_evaluates_in_bfloat16():
+    """So that the setting is no other name of 32-true; and a loss may choose it for a part of itself."""
+    seen = []
+
+    class Watched(Quadratic):
+        def metrics(self, batch):
+            seen.append((self.A @ self.A).dtype)
+            return {}
+
+        def lower_loss(self, batch):
+            with torch.autocast("cpu", torch.bfloat16):
+                seen.append((self.A @ self.A).dtype)
+            seen.append((self.A @ self.A).dtype)
+            return super().lower_loss(batch)
+
+    task = Watched().float()
+    task.A, task.B, task.c = task.A.float(), task.B.float(), task.c.float()
+    module = algorithms.RHG(task=task)
+    run = trainer(1, precision="bf16-mixed")
+    run.fit(module, Batches(1))
+    assert set(seen[::2]) == {torch.bfloat16}
+    assert set(seen[1::2]) == {torch.float32}
+    seen.clear()
+    run.validate(module, Batches(1), verbose=False)
+    assert seen == [torch.bfloat16]
