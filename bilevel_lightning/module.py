@@ -8,14 +8,17 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning import Callback, LightningModule
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from pytorch_lightning.core.mixins.hparams_mixin import _given_hyperparameters
+from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from typing_extensions import override
 
 from bilevel_lightning import tree
+from bilevel_lightning.checkpoints import AtomicCheckpointIO
 from bilevel_lightning.checks import check_levels, check_losses, diagnose, plain
 from bilevel_lightning.compiled import Compiled
 from bilevel_lightning.distributed import agree, mean_over_processes, total_over_processes
@@ -69,8 +72,8 @@ class BilevelModule(LightningModule, Bilevel, ABC):
     A run whose direction or y grows beyond 1e8 times its first norm, or is NaN, ends with a message that names the step
     size to lower, before x or y takes the value.
 
-    With ``bf16-mixed``, upper iterations are computed in float32, validation, test and prediction in bfloat16. A loss that
-    is to be cheaper than it is exact opens `torch.autocast` itself, around the part in question.
+    With ``bf16-mixed``, upper iterations are computed in float32; validation, test and prediction in bfloat16. A loss
+    that is to be cheaper than it is exact opens `torch.autocast` itself, around the part in question.
 
     Losses may contain dropout and batch normalisation. Running statistics are not changed by the many evaluations of
     an iteration; they advance once, on the lower batch at (x_{k+1}, y_{k+1}).
@@ -298,6 +301,20 @@ class BilevelModule(LightningModule, Bilevel, ABC):
                 f"precision {self.trainer.precision} cannot be used: its loss scaling does not reach hypergradients. "
                 "Choose 32-true, 64-true or bf16-mixed."
             )
+        strategy: Any = self.trainer.strategy
+        if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+            raise BilevelError(
+                f"{type(strategy).__name__} keeps a part of the parameters on each process, and hypergradients read "
+                "all of them: set trainer.strategy to ddp."
+            )
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = AtomicCheckpointIO()
+        for callback in self.trainer.checkpoint_callbacks:
+            if getattr(callback, "_train_time_interval", None) is not None:
+                raise BilevelError(
+                    "ModelCheckpoint.train_time_interval does nothing in manual optimization: use the callback "
+                    "SaveEvery(seconds) instead."
+                )
         # Its advice, to save the state before the optimizer's step, would not resume a bilevel run.
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         datamodule = getattr(self.trainer, "datamodule", None)

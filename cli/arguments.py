@@ -3,6 +3,7 @@
 import itertools
 import json
 from argparse import ArgumentError
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -51,6 +52,11 @@ def complete(args: list[str]) -> list[str]:
     elif not {"--config", "-c", "--data"} & {token.partition("=")[0] for token in tokens}:
         tokens = ["--config", config_path(DEFAULT), *tokens]
     return [command, *tokens]
+
+
+def newest(checkpoints: Sequence[Path]) -> Path | None:
+    """Returns the checkpoint that was written last, or None where there is none."""
+    return max(checkpoints, key=lambda path: path.stat().st_mtime_ns, default=None)
 
 
 def checkpoint_settings(path: str) -> list[str]:

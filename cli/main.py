@@ -20,7 +20,7 @@ from typing_extensions import override
 
 # Importing the parts is what lets a config name them by class name alone.
 from bilevel_lightning import BilevelError, algorithms, callbacks, datamodules, dynamics, models, schedules, tasks  # noqa: F401
-from bilevel_lightning.cli.arguments import CONFIGS, DEFAULT, complete, explain, shipped_configs
+from bilevel_lightning.cli.arguments import CONFIGS, DEFAULT, complete, explain, newest, shipped_configs
 from bilevel_lightning.module import BilevelModule
 
 
@@ -46,6 +46,24 @@ class BilevelCLI(LightningCLI):
             self.run_name = self._name(args)
         else:
             self.config, self.run_name = parser.parse_object(args), "run"
+        settings = self.config.get(self.config.get("subcommand"), {})
+        if settings.get("ckpt_path") == "last":
+            settings["ckpt_path"] = self._last(settings["trainer"])
+
+    def _last(self, trainer: Any) -> str | None:
+        """Returns the newest checkpoint of this config's runs; None, and training starts anew, where there is none.
+
+        Raises:
+            BilevelError: if there is none to evaluate.
+        """
+        root = Path(trainer["default_root_dir"]) / self.run_name
+        given = trainer["callbacks"] if isinstance(trainer["callbacks"], list) else [trainer["callbacks"]]
+        folders = [Path(args["dirpath"]) for c in given if c and (args := c.get("init_args", {})).get("dirpath")]
+        found = newest([path for f in (*root.glob("version_*/checkpoints"), *folders) for path in f.glob("*.ckpt")])
+        if found is None and self.config["subcommand"] != "fit":
+            raise BilevelError(f"--ckpt_path last: there is no checkpoint in {root}/version_*/checkpoints.")
+        rank_zero_info(f"--ckpt_path last: {found or f'no checkpoint in {root}, so the run begins'}")
+        return None if found is None else str(found)
 
     @staticmethod
     def _name(args: list[str]) -> str:

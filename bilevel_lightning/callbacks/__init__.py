@@ -4,6 +4,7 @@ from bilevel_lightning.callbacks.budget import SampleBudget
 from bilevel_lightning.callbacks.cleaning import CleaningReport, SuspiciousImages, WeightHistogram
 from bilevel_lightning.callbacks.few_shot import AdaptationCurve, EpisodeFigure, FewShotReport, RegressionFigure
 from bilevel_lightning.callbacks.numerical import PathFigure, SolutionError
+from bilevel_lightning.callbacks.saving import SaveEvery
 from bilevel_lightning.callbacks.stopping import ResidualStopping
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "RegressionFigure",
     "ResidualStopping",
     "SampleBudget",
+    "SaveEvery",
     "SolutionError",
     "SuspiciousImages",
     "WeightHistogram",
