@@ -26,7 +26,7 @@ from bilevel_lightning.dynamics import Dynamics, GradientDescent
 from bilevel_lightning.errors import BilevelError, positive
 from bilevel_lightning.interval import Interval
 from bilevel_lightning.problem import BilevelProblem, Functional, Operator, bind, own, running_norms, split, stack
-from bilevel_lightning.state import State
+from bilevel_lightning.state import Row, State
 from bilevel_lightning.task import Bilevel, BilevelTask, Draws, Minibatches
 from bilevel_lightning.tree import Params
 
@@ -56,7 +56,7 @@ class Step(NamedTuple):
     upper_grad: Params
     lower: Params | Callable[[BilevelProblem, Params], Params]
     logs: Mapping[str, Tensor] = MappingProxyType({})
-    state: Mapping[str, Params] = MappingProxyType({})
+    state: Mapping[str, Params | Row] = MappingProxyType({})
 
 
 class BilevelModule(LightningModule, Bilevel, ABC):
@@ -254,10 +254,10 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         """
         return self.lower_steps, 1
 
-    def solve_lower(self, problem: BilevelProblem, x: Params, y: Params) -> Params:
-        """Returns y after ``lower_steps`` lower steps, without a graph."""
+    def solve_lower(self, problem: BilevelProblem, x: Params, y: Params, steps: int | None = None) -> Params:
+        """Returns y after ``steps`` lower steps, default ``lower_steps``, without a graph."""
         state = self.dynamics.start(y)
-        for t in range(self.lower_steps):
+        for t in range(self.lower_steps if steps is None else steps):
             state = self.dynamics.step(problem, x, state, t)
         return state[0]
 

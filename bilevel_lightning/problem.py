@@ -77,7 +77,7 @@ class BilevelProblem:
         reduce: Operator | None = None,
         agree: Operator | None = None,
         samples: tuple[Sequence[int], Sequence[int]] = ((0,), (0,)),
-        parts: Mapping[str, tuple[Tensor, Tensor]] = MappingProxyType({}),
+        parts: Mapping[str, tuple[Sequence[int], Sequence[float]]] = MappingProxyType({}),
         episodes: int | None = None,
         evaluate: Callable[[str, Params, Params], Any] = lambda method, x, y: {},
         enter: Callable[[int], None] | None = None,
@@ -125,6 +125,19 @@ class BilevelProblem:
             return loss
 
         other._g = [blended(g) for g in self._g]
+        return other
+
+    def only(self, lower: Sequence[int], upper: Sequence[int]) -> "BilevelProblem":
+        """The problem, with the same counts, on some of the minibatches; numbers count modulo how many there are."""
+        other = copy.copy(self)
+
+        def taken(values: Sequence[Any], numbers: Sequence[int]) -> list[Any]:
+            return [values[i % len(values)] for i in numbers] if values else []
+
+        other._g, other._f = taken(self._g, lower), taken(self._f, upper)
+        other._fixed_point = taken(self._fixed_point, lower)
+        other._samples = (taken(self._samples[0], lower), taken(self._samples[1], upper))
+        other.minibatches = len(lower)
         return other
 
     def count(self, oracle: str, t: int | None = None, times: int = 1, *, touched: bool = True) -> None:

@@ -1,10 +1,19 @@
 """What an algorithm keeps from one upper iteration to the next, in the checkpoint."""
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
 from bilevel_lightning import tree
 from bilevel_lightning.tree import Params
+
+
+class Row(NamedTuple):
+    """New values for one entry of the leading dimension of kept tensors, the others staying as they are."""
+
+    number: int
+    rows: Params
 
 
 class State(nn.Module):
@@ -20,10 +29,11 @@ class State(nn.Module):
             self.register_buffer(name.replace(".", ":"), t)
 
     @torch.no_grad()
-    def set(self, values: Params) -> None:
-        """Writes the tensors in place."""
+    def set(self, values: Params | Row) -> None:
+        """Writes the tensors, or one row of each, in place."""
+        given = values.rows if isinstance(values, Row) else values
         for name, t in self.named_buffers():
-            t.copy_(values[name.replace(":", ".")])
+            (t[values.number] if isinstance(values, Row) else t).copy_(given[name.replace(":", ".")])
 
     def get(self) -> Params:
         """Returns the tensors by their names."""

@@ -61,6 +61,11 @@ class TwoLevelData(LightningDataModule):
     def levels(self) -> tuple[Samples, Samples]:
         """Returns the samples of the lower and of the upper level; called after `setup`."""
 
+    def parts(self) -> dict[str, int]:
+        """Returns in how many parts each level is partitioned for algorithms that remember them, by its name."""
+        sizes = zip(("lower", "upper"), self.levels(), (self.lower_batch_size, self.upper_batch_size), strict=True)
+        return {name: 1 if size is None else -(-len(data[0]) // size) for name, data, size in sizes}
+
     @override
     def train_dataloader(self) -> Iterations:
         assert self.trainer is not None
@@ -85,7 +90,7 @@ class TwoLevelData(LightningDataModule):
             for name, level, draws in zip(("lower", "upper"), sources, module.minibatches(k), strict=True):
                 found[name], numbers = level.take(k, draws)
                 if level.parts:
-                    parts[name] = (torch.tensor(numbers), level.shares)
+                    parts[name] = (numbers, level.shares)
             upper = found["upper"]
             if isinstance(upper, Minibatches) and len(upper) == 1:
                 found["upper"] = upper[0]
@@ -106,7 +111,7 @@ class _Level:
         if partition and size is not None:
             order = np.random.default_rng([seed, i]).permutation(self.samples)
             self.parts = [torch.from_numpy(part) for part in np.array_split(order, -(-self.samples // size))]
-        self.shares = torch.tensor([len(part) / self.samples for part in self.parts], dtype=torch.float64)
+        self.shares = [len(part) / self.samples for part in self.parts]
 
     def take(self, k: int, draws: Draws) -> tuple[Samples | Minibatches, list[int]]:
         """Returns what upper iteration ``k`` gets, and the numbers of the parts it is."""
@@ -118,7 +123,7 @@ class _Level:
                 found.append(self._gather(None))
             elif self.parts:
                 generator = np.random.default_rng([self.seed, k, self.i, drawn])
-                numbers.append(int(generator.choice(len(self.parts), p=self.shares.numpy())))
+                numbers.append(int(generator.choice(len(self.parts), p=self.shares)))
                 found.append(self._gather(self.parts[numbers[-1]]))
             else:
                 units = range(drawn, drawn + multiple)

@@ -11,6 +11,7 @@ from bilevel_lightning.hypergradients import implicit
 from bilevel_lightning.linear_solvers import ConjugateGradient, FixedPointIteration, LinearSolver, Neumann
 from bilevel_lightning.module import BilevelModule, Step
 from bilevel_lightning.problem import BilevelProblem
+from bilevel_lightning.task import Draws
 from bilevel_lightning.tree import Params
 
 
@@ -70,7 +71,7 @@ class AID(BilevelModule):
         return {"v": {name: torch.zeros_like(t) for name, t in y.items()}} if self.warm_start_linear else {}
 
     @override
-    def minibatches(self, k: int) -> tuple[int, int]:
+    def minibatches(self, k: int) -> tuple[Draws, Draws]:
         return self.lower_steps + self.linear_solver.samples + 1, 1
 
     @override

@@ -17,8 +17,8 @@ class SampleBudget(Callback):
     (``oracle/samples``). Set ``trainer.max_steps`` to -1, or high enough.
 
     Args:
-        samples: the budget, such as 2e6 for the poisoning experiments of Grazzi, Pontil and Salzo ("Bilevel Optimization
-            with a Lower-level Contraction", JMLR 2023).
+        samples: the budget, such as 2e6 in the poisoning experiments of Grazzi, Pontil and Salzo ("Bilevel
+            Optimization with a Lower-level Contraction", JMLR 2023).
 
     Raises:
         BilevelError: if samples is not positive.

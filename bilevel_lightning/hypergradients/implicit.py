@@ -40,6 +40,8 @@ def implicit(
     *,
     start: Params | None = None,
     t: int = 0,
+    cross: int | None = None,
+    before: bool = False,
 ) -> tuple[Params, Solution]:
     """Differentiates the upper loss at y as if y were the solution of the lower level.
 
@@ -50,7 +52,9 @@ def implicit(
         y: a solution of the lower level, or near one.
         solver: of the linear system.
         start: first v; default zero.
-        t: number of the first lower minibatch to use; product j takes number t + j, up to t + ``solver.samples``.
+        t: number of the first lower minibatch to use; product j takes number t + j, up to t + ``cross``.
+        cross: of the cross product the same. Default ``solver.samples``.
+        before: take the cross product with ``start``, as methods do that move x and v at once.
 
     Returns:
         dF/dx and the solution of the linear system.
@@ -62,6 +66,7 @@ def implicit(
         LinearSystemWarning: if the system is singular, indefinite or diverging, or f_y is zero.
     """
     x, y = tree.detach(x), tree.detach(y)
+    last = solver.samples if cross is None else cross
     f_x, f_y = problem.grad_f(x, y)
     stationary = dynamics.rest == "minimum" and not problem.constrained
     known: dict[int, tuple[Operator, Operator, Operator | None]] = {}
@@ -78,7 +83,7 @@ def implicit(
         return known[key]
 
     def product(v: Params, j: int) -> Params:
-        image = products(min(j, solver.samples))[0](v)
+        image = products(min(j, last))[0](v)
         return image if stationary else tree.axpy(-1.0, image, v)
 
     def transpose(w: Params) -> Params:
@@ -97,5 +102,5 @@ def implicit(
     if solution.status in REMEDIES:
         # Without numbers, so that Python shows it once in a run; train/residual is logged.
         warnings.warn(f"{type(solver).__name__}: {REMEDIES[solution.status]}", LinearSystemWarning, stacklevel=2)
-    cross = products(solver.samples)[1](solution.v)
-    return tree.axpy(-1.0 if stationary else 1.0, cross, f_x), solution
+    through = products(last)[1](start if before and start is not None else solution.v)
+    return tree.axpy(-1.0 if stationary else 1.0, through, f_x), solution

@@ -40,7 +40,8 @@ class Solution(NamedTuple):
             along the residual (Neumann, fixed point, optimizers) that of the iterate before v.
         products: number of products with A and its transpose.
         status: ``converged`` (residual <= tol), ``stopped`` (number of steps), ``zero`` (b = 0), ``indefinite``,
-            ``singular``, ``diverged`` (residual above 1: v = 0 is better; not for samples) or ``not finite``.
+            ``singular``, ``diverged`` (residual above 1: v = 0 is better; not for samples, nor after one product from a
+            start, whose residual it is) or ``not finite``.
     """
 
     v: Params
@@ -109,7 +110,7 @@ class LinearSolver(ABC):
         v, residual, status = found
         if not torch.isfinite(tree.norm(v)):
             status = "not finite"
-        elif status == "stopped" and residual > 1.0 and not system.sampled:
+        elif status == "stopped" and residual > 1.0 and not system.sampled and (start is None or products > 1):
             status = "diverged"
         return Solution(v, residual, products, "converged" if status == "stopped" and residual <= self.tol else status)
 

@@ -7,6 +7,7 @@ from typing_extensions import override
 from bilevel_lightning import tree
 from bilevel_lightning.errors import BilevelError, positive
 from bilevel_lightning.linear_solvers.base import LinearSolver, System
+from bilevel_lightning.schedules import Schedule, at, scheduled
 from bilevel_lightning.tree import Params
 
 
@@ -50,7 +51,7 @@ class Neumann(_Sampled):
     def _solve(self, system: System, scale: float) -> tuple[Params, float, str]:
         if self.randomised:
             return self._term(system, scale, system.rhs, self._power(system))
-        lr = _lr(self, system)
+        lr = at(_lr(self, system), 0)
         total = term = system.rhs
         for j in range(self.steps):
             term = tree.axpy(-lr, system.product(term, j), term)
@@ -61,7 +62,7 @@ class Neumann(_Sampled):
     @override
     def _continue(self, system: System, scale: float, start: Params) -> tuple[Params, float, str]:
         if not self.randomised:
-            return _richardson(system, start, self.steps + 1, _lr(self, system), scale)
+            return _richardson(system, start, range(self.steps + 1), _lr(self, system), scale)
         power = self._power(system)
         rhs = tree.axpy(-1.0, system.product(start, power), system.rhs)
         v, residual, status = self._term(system, scale, rhs, power)
@@ -74,38 +75,49 @@ class Neumann(_Sampled):
 
     def _term(self, system: System, scale: float, rhs: Params, power: int) -> tuple[Params, float, str]:
         """Returns ``(K + 1) lr (I - lr A)^p rhs``."""
-        lr, term = _lr(self, system), rhs
+        lr, term = at(_lr(self, system), 0), rhs
         for j in range(power):
             term = tree.axpy(-lr, system.product(term, j), term)
         return _scaled((self.steps + 1) * lr, term), float(tree.norm(term)) / scale, "stopped"
 
 
 class FixedPointIteration(_Sampled):
-    """``v <- v - lr (A v - b)``; from zero, K steps are `Neumann` with K - 1.
+    """``v <- v - lr_j (A v - b)``, j = 0, 1, ...; from zero, K steps of constant size are `Neumann` with K - 1.
 
     Args:
         steps: largest number of steps, one product each but for the first from zero. Default 20.
         tol: relative residual to stop at. Default 1e-10.
-        lr: step size, below 2 / (largest eigenvalue). Default: the lower dynamics', where they are of that kind.
+        lr: step size, below 2 / (largest eigenvalue), or a schedule over the steps. Default: the lower dynamics', where
+            they are of that kind.
         damping: added to the diagonal. Default 0.
+        first: what b is multiplied with for the first iterate. Default lr_0, the step from zero.
 
     References:
         R. Grazzi, L. Franceschi, M. Pontil, S. Salzo. On the Iteration Complexity of Hypergradient Computation. ICML
         2020.
     """
 
-    def __init__(self, steps: int = 20, tol: float = 1e-10, lr: float | None = None, damping: float = 0.0) -> None:
+    def __init__(
+        self,
+        steps: int = 20,
+        tol: float = 1e-10,
+        lr: float | Schedule | None = None,
+        damping: float = 0.0,
+        first: float | None = None,
+    ) -> None:
         super().__init__(steps, tol, damping)
-        self.lr = lr if lr is None else positive("FixedPointIteration.lr", lr)
+        self.lr = lr if lr is None else scheduled("FixedPointIteration.lr", lr)
+        self.first = first if first is None else positive("FixedPointIteration.first", first)
 
     @override
     def _solve(self, system: System, scale: float) -> tuple[Params, float, str]:
         lr = _lr(self, system)
-        return _richardson(system, _scaled(lr, system.rhs), self.steps - 1, lr, scale, self.tol)
+        start = _scaled(at(lr, 0) if self.first is None else self.first, system.rhs)
+        return _richardson(system, start, range(1, self.steps), lr, scale, self.tol)
 
     @override
     def _continue(self, system: System, scale: float, start: Params) -> tuple[Params, float, str]:
-        return _richardson(system, start, self.steps, _lr(self, system), scale, self.tol)
+        return _richardson(system, start, range(self.steps), _lr(self, system), scale, self.tol)
 
 
 class Stochastic(_Sampled):
@@ -153,25 +165,25 @@ class Stochastic(_Sampled):
         return tree.detach(v), residual, "stopped"
 
 
-def _lr(solver: Neumann | FixedPointIteration, system: System) -> float:
+def _lr(solver: Neumann | FixedPointIteration, system: System) -> float | Schedule:
     """Returns the solver's step size, by default that of the lower dynamics."""
     lr = system.step if solver.lr is None else solver.lr
     if lr is None:
         raise BilevelError(f"{type(solver).__name__}.lr must be given: these dynamics have no step size of its kind.")
-    return float(lr)
+    return lr
 
 
 def _richardson(
-    system: System, v: Params, steps: int, lr: float, scale: float, tol: float = 0.0
+    system: System, v: Params, steps: range, lr: float | Schedule, scale: float, tol: float = 0.0
 ) -> tuple[Params, float, str]:
-    """Runs ``v <- v - lr (A_j v - b)`` for j = 0, 1, ... until the residual is within ``tol``."""
+    """Runs ``v <- v - lr_i (A_j v - b)`` for the steps i, j = 0, 1, ..., until the residual is within ``tol``."""
     residual = 1.0
-    for j in range(steps):
+    for j, i in enumerate(steps):
         r = tree.axpy(-1.0, system.product(v, j), system.rhs)
         residual = float(tree.norm(r)) / scale
         if residual <= tol:
             break
-        v = tree.axpy(lr, r, v)
+        v = tree.axpy(at(lr, i), r, v)
     return v, residual, "stopped"
 
 

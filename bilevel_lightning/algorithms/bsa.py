@@ -1,0 +1,70 @@
+"""Randomised Neumann series: BSA and TTSA."""
+
+from typing import Any
+
+from typing_extensions import override
+
+from bilevel_lightning.algorithms.bsgm import Count
+from bilevel_lightning.algorithms.stocbio import StocBiO
+from bilevel_lightning.errors import BilevelError
+from bilevel_lightning.linear_solvers import LinearSolver, Neumann
+from bilevel_lightning.problem import BilevelProblem
+from bilevel_lightning.schedules import Power, Schedule, at
+
+
+class BSA(StocBiO):
+    r"""Bilevel stochastic approximation: `StocBiO` with one random term for its Neumann series.
+
+    v = (K + 1) rho prod_{j=1..p} (I - rho H_j) f_y,  p uniform in 0..K: the series in expectation. The direction's
+    variance grows with K; let the upper step fall (``upper_scheduler``), in the paper as (s + 1)^{-1/2}.
+
+    Args:
+        linear_steps: K, at least 1. Default 10, as in `StocBiO`.
+        **kwargs: settings of `StocBiO`.
+
+    Raises:
+        BilevelError: if v is to be warm-started, which a random term cannot be, or K is 0.
+
+    References:
+        S. Ghadimi, M. Wang. Approximation Methods for Bilevel Programming. 2018.
+    """
+
+    def __init__(self, *, linear_steps: Count | None = 10, **kwargs: Any) -> None:
+        super().__init__(linear_steps=linear_steps, **kwargs)
+        if self.warm_start_linear or linear_steps == 0 or self.linear_start == "rhs":
+            raise BilevelError(
+                f"{type(self).__name__} draws one term of a series: leave warm_start_linear and linear_start out, and "
+                "set linear_steps to at least 1."
+            )
+
+    @override
+    def solver(self, steps: int, problem: BilevelProblem, warm: bool) -> LinearSolver:
+        if steps == 0:  # after divergence
+            return super().solver(steps, problem, warm)
+        lr = self._linear_lr(problem)
+        return Neumann(steps, lr=None if lr is None else at(lr, 0), randomised=True)
+
+
+class TTSA(BSA):
+    r"""Two-timescale stochastic approximation: `BSA` with a single lower step, whose size falls more slowly than x's.
+
+    Lower steps fall as (s + 1)^{-2/5}; give x steps that fall as (s + 1)^{-3/5} by ``upper_scheduler``.
+
+    Args:
+        lower_steps: T. Default 1.
+        lower_decay: factor of the lower step size over s. Default ``(s + 1)^{-2/5}``.
+        **kwargs: settings of `BSA`.
+
+    References:
+        M. Hong, H.-T. Wai, Z. Wang, Z. Yang. A Two-Timescale Stochastic Algorithm Framework for Bilevel Optimization:
+        Complexity Analysis and Application to Actor-Critic. SIAM Journal on Optimization, 2023.
+    """
+
+    def __init__(
+        self,
+        *,
+        lower_steps: Count = 1,
+        lower_decay: Schedule | None = Power(1.0, -0.4),  # noqa: B008 (a value: it has no state)
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(lower_steps=lower_steps, lower_decay=lower_decay, **kwargs)
