@@ -14,12 +14,13 @@ from pytorch_lightning import Callback, LightningModule
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from pytorch_lightning.core.mixins.hparams_mixin import _given_hyperparameters
 from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
 from bilevel_lightning import tree
 from bilevel_lightning.checkpoints import AtomicCheckpointIO
-from bilevel_lightning.checks import check_levels, check_losses, diagnose, plain
+from bilevel_lightning.checks import check_batch, check_levels, check_losses, check_task, diagnose, plain, watched
 from bilevel_lightning.compiled import Compiled
 from bilevel_lightning.distributed import agree, mean_over_processes, total_over_processes
 from bilevel_lightning.dynamics import Dynamics, GradientDescent
@@ -276,6 +277,7 @@ class BilevelModule(LightningModule, Bilevel, ABC):
     def configure_model(self) -> None:
         if self._checked is not None:
             return
+        check_task(self.hooks)
         x, y = check_levels(self.hooks)
         if self.hooks.persistent_lower and self.episodic:
             raise BilevelError(
@@ -377,10 +379,14 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             problems.append((problem, tree.clone(z) if due else z))
         gradient = mean_over_processes(tree.mean([s.upper_grad for s in steps], [n or 1 for _, n in groups]), weight)
         norm = tree.norm(gradient)
-        self._guard("The hypergradient", norm, self.upper_rates)
         sizes = [tree.norm(step.lower) for step in steps if not callable(step.lower)]
-        if sizes:  # the same on all processes, so that all of them stop
-            self._guard("y", mean_over_processes({"": torch.stack(sizes).mean()})[""], self.lower_rates)
+        try:
+            if sizes:  # the same on all processes, so that all of them stop
+                self._guard("y", mean_over_processes({"": torch.stack(sizes).mean()})[""], self.lower_rates)
+            self._guard("The hypergradient", norm, self.upper_rates)
+        except BilevelError:
+            self._check(episodes[0], x, f"at upper iteration {self.global_step}")  # a batch may be the reason
+            raise
         full = self._gather(gradient)
         if full is not None:
             norm = tree.norm(full)
@@ -402,7 +408,9 @@ class BilevelModule(LightningModule, Bilevel, ABC):
                     for step, (problem, z), y in zip(steps, problems, lowers, strict=True)
                 ]
             means = {name: torch.cat([log[name].reshape(-1) for log in logs]).mean() for name in logs[0]}
-            self._log_step(mean_over_processes(means, weight), norm)
+            means = mean_over_processes(means, weight)
+            self._log_step(means, norm)
+            self._warn(float(means["train/stationarity"]))
 
     def _groups(self, episodes: Sequence[Any]) -> list[tuple[Any, int | None]]:
         """Returns what is solved at once: single episodes with None, or stacks of several with their number."""
@@ -420,11 +428,18 @@ class BilevelModule(LightningModule, Bilevel, ABC):
     def _bind(self, episode: Any, x: Params, number: int | None = None) -> tuple[BilevelProblem, Params, Operator]:
         return bind(self.hooks, episode, x, mean_over_processes, agree, number)
 
-    def _check(self, episode: Any, x: Params) -> None:
-        """Looks at the losses, once."""
-        with self._aside():
-            problem, z, _ = self._bind(episode, x)
-            check_losses(problem, z, self.start_lower(x))
+    def _check(self, episode: Any, x: Params, where: str = "on the first batch") -> None:
+        """Looks at the losses: once, and again where an iteration ends in what is not finite."""
+        y = self.start_lower(x)
+        try:
+            with self._aside(), watched(self.hooks):
+                problem, z, _ = self._bind(episode, x)
+                size = check_losses(problem, z, y, where, self.hooks)
+        except RuntimeError as error:
+            if hint := check_batch(episode, next(iter(y.values()))):
+                raise BilevelError(f"A loss fails {where}. {hint}: convert in the data module. ({error})") from error
+            raise
+        self.scale.setdefault("stationarity", size)
         self._checked = True
 
     def _follow(self, move: Callable[[BilevelProblem, Params], Params], episode: Any, counts: Counter[str]) -> Params:
@@ -454,6 +469,17 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             raise BilevelError(
                 f"{name} is {size:.3g} in norm at upper iteration {self.global_step}: the run has diverged. Lower "
                 f"{rates}; the last checkpoint is as it was."
+            )
+
+    def _warn(self, stationarity: float) -> None:
+        """Says once when the lower level is further from being solved than where the run began."""
+        first = self.scale.get("stationarity", 0.0)
+        if 0 < 10 * first < stationarity:
+            self.scale["stationarity"] = float("inf")
+            rank_zero_warn(
+                f"|g_y| is {stationarity:.3g} at upper iteration {self.global_step} and was {first:.3g} when the run "
+                f"began: the lower level is not solved, and its hypergradient cannot be trusted. Lower "
+                f"{self.lower_rates}, or raise lower_steps; bilevel-check tells more."
             )
 
     def _iterate(self, x: Params, y: Params, episode: Any, number: int | None) -> tuple[BilevelProblem, Params, Step]:
@@ -628,7 +654,7 @@ class BilevelModule(LightningModule, Bilevel, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         checkpoint["random_state"] = {"torch": torch.get_rng_state(), "cuda": cuda}
-        checkpoint["accumulated"] = self._gathered
+        checkpoint["accumulated"], checkpoint["scale"] = self._gathered, self.scale
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -637,7 +663,7 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             self._trainer.precision_plugin.convert_module(self)
         else:
             self.to(next(t.dtype for t in checkpoint["state_dict"].values() if t.is_floating_point()))
-        self._gathered = checkpoint.get("accumulated", (0, {}))
+        self._gathered, self.scale = checkpoint.get("accumulated", (0, {})), dict(checkpoint.get("scale", {}))
         if self._trainer is not None and self._trainer.training and "random_state" in checkpoint:
             torch.set_rng_state(checkpoint["random_state"]["torch"].cpu())
             if torch.cuda.is_available():

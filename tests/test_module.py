@@ -365,7 +365,7 @@ def test_several_episodes_with_one_y():
 def test_a_diverged_iteration_changes_nothing():
     task = Quadratic()
     before = tree.clone(dict(task.named_parameters()))
-    with pytest.raises(BilevelError, match="hypergradient"):
+    with pytest.raises(BilevelError, match="y is nan"):
         fit(RHG(task=task, dynamics=GradientDescent(1e200)), 1)
     assert all(torch.equal(p, before[name]) for name, p in task.named_parameters())
 
