@@ -20,7 +20,7 @@ from typing_extensions import override
 
 # Importing the parts is what lets a config name them by class name alone.
 from bilevel_lightning import BilevelError, algorithms, callbacks, datamodules, dynamics, models, schedules, tasks  # noqa: F401
-from bilevel_lightning.cli.arguments import CONFIGS, DEFAULT, complete, explain, newest, shipped_configs
+from bilevel_lightning.cli.arguments import CONFIGS, DEFAULT, complete, explain, newest, restrict, shipped_configs
 from bilevel_lightning.module import BilevelModule
 
 
@@ -150,6 +150,7 @@ def _quiet() -> None:
 def launch(cli: type[BilevelCLI], program: str, args: list[str] | None, **settings: Any) -> BilevelCLI:
     """Runs a command; ends the process with status 2 and one message where a person has to mend something."""
     _quiet()
+    restrict(sys.argv[1:] if args is None else args)
     raising: dict[str, Any] = {"exit_on_error": False}
     try:
         return cli(
