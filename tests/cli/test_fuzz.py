@@ -6,8 +6,10 @@ BILEVEL_FUZZ=500 python -m pytest tests/cli/test_fuzz.py     # as many configs; 
 import inspect
 import os
 import sys
+import types
 import typing
 import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -30,12 +32,13 @@ def value(name, hint):
     options = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
         return st.sampled_from([*options, "wrong"])
-    if options:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
         parts = [part for option in options if (part := value(name, option)) is not None]
         return st.one_of(*parts) if parts else None
     if hint is int and name in SLOW:
         return st.sampled_from([-1, 0, 1, 2, 5])
-    return {bool: st.booleans(), int: INTEGERS, float: FLOATS, type(None): st.none()}.get(hint)
+    plain = {bool: st.booleans(), int: INTEGERS, float: FLOATS, type(None): st.none()}
+    return plain.get(hint) if isinstance(hint, type) else None
 
 
 def drawn(cls):
@@ -92,8 +95,8 @@ def configs(draw):
     return {"model": {"class_path": name, "init_args": model}, "data": data, "trainer": trainer}
 
 
-def ended(config, folder, capsys):
-    """Runs a config; returns what is wrong with its end, or nothing."""
+def ended(config, folder, capsys, kinds):
+    """Runs a config and counts the kind of its end; returns what is wrong with it, or nothing."""
     file = folder / "config.yaml"
     file.write_text(yaml.safe_dump(config))
     for old in folder.rglob("*.ckpt"):
@@ -105,10 +108,12 @@ def ended(config, folder, capsys):
             fit(["--config", str(file), f"--trainer.default_root_dir={folder}"])
     except SystemExit as end:
         lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("bilevel-fit: error: ")]
+        kinds["message"] += 1
         return [] if end.code == 2 and len(lines) == 1 else [f"exit {end.code}, {lines}"]
     except Exception as error:
         return [f"{type(error).__name__}: {error}"]
     found = []
+    kinds["run"] += 1
     for path in folder.rglob("*.ckpt"):
         state = torch.load(path, weights_only=True)["state_dict"]
         found += [f"{n} is not finite" for n, t in state.items() if not torch.isfinite(t.double()).all()]
@@ -120,19 +125,21 @@ def ended(config, folder, capsys):
     suppress_health_check=[*HealthCheck], phases=[Phase.generate],
 )  # fmt: skip
 @given(config=configs())
-def check(config, folder, capsys, failures):
-    wrong = ended(config, folder, capsys)
+def check(config, folder, capsys, failures, kinds):
+    wrong = ended(config, folder, capsys, kinds)
     if wrong:
         failures.append((wrong, config))
 
 
 def test_configs_end_in_a_run_or_in_one_message(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    failures = []
-    check(folder=tmp_path, capsys=capsys, failures=failures)
+    failures, kinds = [], Counter()
+    check(folder=tmp_path, capsys=capsys, failures=failures, kinds=kinds)
+    print(dict(kinds), file=sys.stderr)
     for wrong, config in failures:
         print(wrong, yaml.safe_dump(config), file=sys.stderr)
     assert [wrong for wrong, _ in failures] == []
+    assert min(kinds["run"], kinds["message"]) > 0.2 * kinds.total()
 
 
 @pytest.mark.parametrize("name", algorithms.__all__)
