@@ -16,6 +16,7 @@ from pytorch_lightning.core.mixins.hparams_mixin import _given_hyperparameters
 from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from bilevel_lightning import tree
@@ -27,6 +28,7 @@ from bilevel_lightning.dynamics import Dynamics, GradientDescent
 from bilevel_lightning.errors import BilevelError, positive
 from bilevel_lightning.interval import Interval
 from bilevel_lightning.problem import BilevelProblem, Functional, Operator, bind, own, running_norms, split, stack
+from bilevel_lightning.schedules import Schedule
 from bilevel_lightning.state import Row, State
 from bilevel_lightning.task import Bilevel, BilevelTask, Draws, Minibatches
 from bilevel_lightning.tree import Params
@@ -82,7 +84,8 @@ class BilevelModule(LightningModule, Bilevel, ABC):
     Args:
         task: the bilevel problem; None if the subclass states it.
         upper_optimizer: optimizer of x: any of torch's that needs no closure. Default Adam with step size 0.01.
-        upper_scheduler: its step-size schedule, stepped once per upper iteration. Default none.
+        upper_scheduler: its step-size schedule, stepped once per upper iteration: any of torch's, or one of
+            `bilevel_lightning.schedules`, whose values multiply the step size. Default none.
         upper_clip_norm: bound on the Euclidean norm of the hypergradient. Default none.
         upper_clip_value: bound on each entry's absolute value, applied before that on the norm. Default none.
         accumulate: number n of batches whose hypergradients are averaged before x steps once, for more episodes than
@@ -125,7 +128,7 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         self,
         task: BilevelTask | None = None,
         upper_optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=0.01),
-        upper_scheduler: LRSchedulerCallable | None = None,
+        upper_scheduler: Schedule | LRSchedulerCallable | None = None,
         upper_clip_norm: float | None = None,
         upper_clip_value: float | None = None,
         accumulate: int = 1,
@@ -336,7 +339,10 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             raise BilevelError(f"upper_optimizer: {error}.") from error
         if isinstance(optimizer, torch.optim.LBFGS):
             raise BilevelError("upper_optimizer LBFGS needs a closure, which a hypergradient has not; use SGD or Adam.")
-        return [optimizer], [] if self.upper_scheduler is None else [self.upper_scheduler(optimizer)]
+        given = self.upper_scheduler
+        if given is None:
+            return optimizer
+        return [optimizer], [LambdaLR(optimizer, given) if isinstance(given, Schedule) else given(optimizer)]
 
     @override
     def training_step(self, batch: Any, batch_idx: int) -> None:

@@ -19,7 +19,17 @@ from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
 # Importing the parts is what lets a config name them by class name alone.
-from bilevel_lightning import BilevelError, algorithms, callbacks, datamodules, dynamics, models, schedules, tasks  # noqa: F401
+from bilevel_lightning import (  # noqa: F401
+    BilevelError,
+    algorithms,
+    callbacks,
+    datamodules,
+    dynamics,
+    estimators,
+    models,
+    schedules,
+    tasks,
+)
 from bilevel_lightning.cli.arguments import CONFIGS, DEFAULT, complete, explain, newest, restrict, shipped_configs
 from bilevel_lightning.module import BilevelModule
 

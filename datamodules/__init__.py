@@ -10,6 +10,14 @@ from bilevel_lightning.datamodules.mini_imagenet import MiniImageNet
 from bilevel_lightning.datamodules.mnist import FashionMNISTCleaning, MNISTCleaning
 from bilevel_lightning.datamodules.nothing import NoData
 from bilevel_lightning.datamodules.omniglot import Omniglot
+from bilevel_lightning.datamodules.selection import (
+    LIBSVMData,
+    LinearData,
+    Newsgroups,
+    SampleIndices,
+    SyntheticLinear,
+    SyntheticText,
+)
 from bilevel_lightning.datamodules.sinusoid import Sinusoid
 from bilevel_lightning.datamodules.tiered_imagenet import TieredImageNet
 
@@ -20,11 +28,17 @@ __all__ = [
     "EpisodicDataModule",
     "FashionMNISTCleaning",
     "FewShotImages",
+    "LIBSVMData",
+    "LinearData",
     "MNISTCleaning",
     "MiniImageNet",
+    "Newsgroups",
     "NoData",
     "Omniglot",
+    "SampleIndices",
     "Sinusoid",
+    "SyntheticLinear",
+    "SyntheticText",
     "TieredImageNet",
     "TwoLevelData",
 ]

@@ -1,5 +1,7 @@
 """Writes tiny data sets in the real formats on disk."""
 
+import bz2
+import codecs
 import gzip
 import hashlib
 import json
@@ -13,6 +15,8 @@ import h5py
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import dump_svmlight_file
+from sklearn.utils import Bunch
 from torchvision import datasets
 
 
@@ -181,3 +185,41 @@ def omniglot(root: Path, layout: str, names: list[str], drawings: int = 4, size:
                 packed.extractall(base)
             (base / f"{part}.zip").unlink()
     return strokes
+
+
+def random_samples(n, d, classes, seed=0):
+    """Inputs of which six in ten entries are not zero, and labels in turn."""
+    rng = np.random.default_rng(seed)
+    inputs = rng.normal(2.0, 3.0, (n, d)) * (rng.random((n, d)) < 0.6)
+    inputs[0] = 1.0  # so that the last feature is there
+    return inputs, np.asarray(classes)[np.arange(n) % len(classes)]
+
+
+def write_libsvm(path, inputs, labels):
+    """A file in the LIBSVM format, packed as its name says."""
+    content = BytesIO()
+    dump_svmlight_file(inputs, labels, content, zero_based=False)
+    packed = {".bz2": bz2.compress, ".gz": gzip.compress}.get(path.suffix, bytes)
+    path.write_bytes(packed(content.getvalue()))
+
+
+def libsvm(path, n, d, classes, seed=0):
+    write_libsvm(path, *random_samples(n, d, classes, seed))
+
+
+def newsgroups(folder, classes=3, documents=12):
+    """Scikit-learn's file of the newsgroups: a pickle of posts, zlib-packed."""
+    rng = np.random.default_rng(0)
+
+    def posts(n):
+        labels = np.arange(n) % classes
+        common = [f"common{i}" for i in range(60)]
+        texts = []
+        for label in labels:
+            words = [*rng.choice(common, 6), *(f"topic{label}word{i}" for i in rng.choice(20, 4))]
+            texts.append(f"From: someone{label}@somewhere\nSubject: secret{label}\n\n" + " ".join(words) + "\n")
+        names = np.array([f"{i}" for i in range(n)])
+        return Bunch(data=texts, target=labels, filenames=names, target_names=[f"group{c}" for c in range(classes)])
+
+    cache = {"train": posts(documents), "test": posts(documents // 2)}
+    (folder / "20news-bydate_py3.pkz").write_bytes(codecs.encode(pickle.dumps(cache), "zlib_codec"))

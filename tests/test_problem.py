@@ -164,3 +164,86 @@ def test_a_problem_from_two_functions():
     assert (float(gradient["x"]), float(y["y"])) == (4.0, 3.0)
     with pytest.raises(BilevelError, match="no fixed-point map"):
         problem.fixed_point(x, y)
+
+
+class Halves(Quadratic):
+    """Losses that the batch scales."""
+
+    def upper_loss(self, batch):
+        return batch.mean() * super().upper_loss(batch)
+
+    def lower_loss(self, batch):
+        return batch.mean() * super().lower_loss(batch)
+
+
+def minibatched():
+    task = Halves()
+    batch = {
+        "lower": Minibatches([torch.tensor([1.0]), torch.tensor([2.0, 4.0])]),
+        "upper": Minibatches([torch.tensor([1.0, 1.0, 1.0]), torch.tensor([5.0])]),
+    }
+    problem, x, _ = bind(task, batch, tree.detach(tree.of(task.upper)))
+    return task, problem, x, tree.detach(tree.of(task.lower))
+
+
+def test_the_upper_loss_is_the_mean_over_its_minibatches():
+    task, problem, x, y = minibatched()
+    f_x, f_y = problem.grad_f(x, y)
+    torch.testing.assert_close(f_x["x"], 3 * task.rho * x["x"])
+    torch.testing.assert_close(flat(f_y), 3 * (flat(y) - task.c))
+    assert problem.counts["samples"] == 4
+
+
+def test_only_some_minibatches():
+    task, problem, x, y = minibatched()
+    view = problem.only([1], [1])
+    torch.testing.assert_close(flat(view.grad_g(x, y)), 3 * (task.A @ flat(y) - task.B @ x["x"]))
+    torch.testing.assert_close(view.grad_f_x(x, y)["x"], 5 * task.rho * x["x"])
+    assert problem.counts["samples"] == 2 + 1
+    assert (view.minibatches, problem.minibatches) == (1, 2)
+    torch.testing.assert_close(flat(problem.grad_g(x, y)), task.A @ flat(y) - task.B @ x["x"])
+
+
+def test_gradient_and_products_in_one_evaluation():
+    task, problem, x, y = minibatched()
+    v = tree.axpy(2.0, y, y)
+    g_y, product, cross = problem.gradient_and_products(x, y, v, 1)
+    torch.testing.assert_close(flat(g_y), 3 * (task.A @ flat(y) - task.B @ x["x"]))
+    torch.testing.assert_close(flat(product), 3 * task.A @ flat(v))
+    torch.testing.assert_close(cross["x"], -3 * task.B.T @ flat(v))
+    counts = {"lower_gradients": 1, "hessian_products": 1, "cross_products": 1, "samples": 6}
+    assert problem.counts == counts
+    assert not any(t.requires_grad for t in (*g_y.values(), *product.values(), *cross.values()))
+
+
+def test_a_gradient_built_for_products_touches_their_samples_alone():
+    _, problem, x, y = minibatched()
+    g_yy, g_xy = problem.hessian_products(x, y, 1)
+    assert problem.counts["samples"] == 0
+    g_yy(y), g_xy(y)
+    assert problem.counts["samples"] == 4
+
+
+class Gathered(Halves):
+    """Prepares each lower minibatch: half of what it holds, times x."""
+
+    def prepare(self, batch):
+        return {**batch, "lower": Minibatches([t * self.upper.x.sum() for t in batch["lower"]])}
+
+
+def test_prepared_minibatches_are_upper_variables_of_their_own():
+    task = Gathered()
+    batch = {"lower": Minibatches([torch.ones(2), torch.full((3,), 2.0)]), "upper": torch.ones(1)}
+    batch = {**batch, "lower": Minibatches([t.double() for t in batch["lower"]])}
+    x, y = tree.detach(tree.of(task.upper)), tree.detach(tree.of(task.lower))
+    problem, z, pull_back = bind(task, batch, x)
+    assert {name: t.shape for name, t in z.items() if name != "x"} == {"prepared/0": (2,), "prepared/1": (3,)}
+    _, cross = problem.hessian_products(z, y, 1)
+    found = cross(y)
+    assert not found["prepared/0"].any()
+    whole = pull_back(found)["x"]
+    total, vector = x["x"].sum(), flat(y)
+    by_hand = lambda x: 2 * x.sum() * (vector @ task.A @ vector - vector @ task.B @ x)
+    want = torch.autograd.functional.jacobian(by_hand, x["x"])
+    torch.testing.assert_close(whole, want)
+    torch.testing.assert_close(flat(problem.grad_g(z, y, 0)), total * (task.A @ vector - task.B @ x["x"]))

@@ -14,6 +14,7 @@ from bilevel_lightning.tasks.numerical import (
     SinProblem,
     StronglyConvex,
 )
+from bilevel_lightning.tasks.selection import PenaltySelection, QuadraticSum
 
 __all__ = [
     "BDACounterExample",
@@ -26,6 +27,8 @@ __all__ = [
     "MerelyConvex",
     "NumericalTask",
     "PBGDToy",
+    "PenaltySelection",
+    "QuadraticSum",
     "SinProblem",
     "SineSum",
     "StronglyConvex",

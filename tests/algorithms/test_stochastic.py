@@ -414,9 +414,8 @@ CONVERGE = {  # algorithm: (settings, iterations, step size of x, bound on the r
 @pytest.mark.parametrize("algorithm", CONVERGE)
 def test_minibatches_lead_to_the_solution(algorithm):
     settings, steps, lr, tolerance = CONVERGE[algorithm]
-    factor = lambda k: (1 + k / 20) ** -0.6
     if algorithm not in (SABA, SRBA):  # those converge with constant steps
-        settings = {**settings, "upper_scheduler": lambda opt: torch.optim.lr_scheduler.LambdaLR(opt, factor)}
+        settings = {**settings, "upper_scheduler": InverseTime(1.0, 60)}
     torch.manual_seed(0)
     task, _ = run(algorithm, steps, 5, 5, lr=lr, **settings)
     assert distance(task) < tolerance

@@ -58,7 +58,8 @@ def of_task(task):
 
 
 def test_every_shipped_config_is_run_here():
-    assert sorted([*of_task("few_shot"), *of_task("hyper_cleaning"), *of_task("numerical")]) == shipped_configs()
+    tasks = ("few_shot", "hyper_cleaning", "numerical", "selection")
+    assert sorted(name for task in tasks for name in of_task(task)) == shipped_configs()
 
 
 @pytest.mark.parametrize("name", of_task("numerical"))
@@ -125,6 +126,42 @@ def test_shipped_few_shot_configs_run(name, tmp_path, monkeypatch, capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert "queries of a class" in out
     assert "batch normalisation" in out
+
+
+@pytest.mark.parametrize("name", of_task("selection"))
+def test_shipped_selection_configs_run(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("BILEVEL_DATA_DIR", str(tmp_path))
+    small = [
+        "--trainer.max_steps=2",
+        "--data.epoch_length=1",
+        "--trainer.log_every_n_steps=1",
+        "--model.lower_steps=11",
+    ]
+    batches = ["--data.lower_batch_size=16", "--data.upper_batch_size=16"]
+    if "quadratic" in name:
+        sizes = ["lower_samples=80", "upper_samples=60"]
+        small += [f"--{part}.{size}" for part in ("data", "model.task") for size in sizes]
+        small += ["--model.task.lower_dim=6", *(batches if "batch_size" in Path(config_path(name)).read_text() else [])]
+    elif "logistic" in name:
+        small += ["--data.samples=60", "--data.test_samples=20"]
+    elif "text" in name:
+        sizes = [f"--data.{part}_samples=60" for part in ("train", "val", "test")]
+        small += [*sizes, "--data.vocabulary=500", "--data.words=8", "--model.task.features=500"]
+    elif "newsgroups" in name:
+        files.newsgroups(tmp_path, classes=20, documents=80)
+        small += ["--model.task.features=284"]
+    elif "ijcnn1" in name:
+        files.libsvm(tmp_path / "ijcnn1.bz2", 60, 22, [-1, 1])
+        files.libsvm(tmp_path / "ijcnn1.t.bz2", 60, 22, [1, -1], seed=1)
+    else:
+        files.libsvm(tmp_path / "covtype.bz2", 200, 54, range(1, 8))
+        small += batches
+    run("--config", name, *small)
+    with (Path("runs") / name / "version_0" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len([row for row in rows if row["train/upper_loss"]]) == 2
+    measure = "value_gap" if "quadratic" in name else "accuracy"
+    assert len([row for row in rows if row[f"val/{measure}"]]) == 2
 
 
 @pytest.mark.parametrize("name", shipped_configs())
