@@ -139,8 +139,9 @@ def explain(error: BaseException) -> str | None:
     text = str(getattr(error, "message", error))
     if denied := re.search(r"Importing '(([^.']+)[^']*)' is not allowed", text):
         return (
-            f"The config or checkpoint names {denied[1]}, which is neither of this package nor of Lightning or torch. If "
-            f"you trust it, type the name on the command line, or set the environment variable BILEVEL_ALLOW={denied[2]}."
+            f"The config or checkpoint names {denied[1]}, which is neither of this package nor of Lightning or torch. "
+            "If you trust it, type the name on the command line, or set the environment variable "
+            f"BILEVEL_ALLOW={denied[2]}."
         )
     noise = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value")
     lines = [line.strip() for line in text.splitlines()]

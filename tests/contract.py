@@ -124,6 +124,7 @@ def trained(case, problem, *, ckpt_path=None, workers=0, steps=STEPS, precision=
     before = torch.get_rng_state()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LinearSystemWarning)  # solved badly, it is to be the same system all the same
+        warnings.filterwarnings("ignore", message=r"\|g_y\| is")  # as defaults that do not suit the problem
         try:
             run.fit(module, datamodule=data, ckpt_path=ckpt_path)
         except BilevelError as error:
