@@ -1,12 +1,15 @@
 """What is looked at before a run begins, and while it goes on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten
 from typing_extensions import override
 
 from bilevel_lightning import tree
@@ -47,12 +50,81 @@ class _UsesAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def check_losses(problem: BilevelProblem, x: Params, y: Params) -> None:
-    """Looks at the losses once, before anything has changed.
+def check_task(task: Bilevel) -> None:
+    """Looks for compiled modules in a task.
 
     Raises:
-        BilevelError: if a loss is not a finite scalar, or the lower one does not depend on y.
+        BilevelError: if there is one.
     """
+    for name, module in task.named_modules():  # type: ignore[attr-defined]
+        if isinstance(module, OptimizedModule):
+            raise BilevelError(
+                f"{name} is compiled by torch.compile: it has no second derivatives, and would be compiled again for "
+                "each value of its parameters. Give the plain module; RHG has compile."
+            )
+
+
+def check_batch(episode: Any, like: Tensor) -> str:
+    """Returns what could be wrong with a batch whose losses fail: types or devices that the parameters do not have."""
+    tensors = [t for t in tree_flatten(episode)[0] if isinstance(t, Tensor)]
+    kinds = {f"{t.dtype} on {t.device}" for t in tensors if t.is_floating_point()}
+    places = {f"{t.dtype} on {t.device}" for t in tensors if t.device != like.device}
+    wrong = sorted((kinds - {f"{like.dtype} on {like.device}"}) | places)
+    return f"The batch holds {', '.join(wrong)}, the parameters are {like.dtype} on {like.device}" if wrong else ""
+
+
+@contextmanager
+def watched(task: Bilevel) -> Iterator[None]:
+    """Looks at what evaluating the losses changes.
+
+    Raises:
+        BilevelError: if it is a parameter.
+    """
+    module: Any = task
+    kept = {name: p.detach().clone() for name, p in module.named_parameters()}
+    buffers = {name: t.clone() for name, t in module.named_buffers()}
+    yield
+    changed = [name for name, p in module.named_parameters() if not _same(p, kept[name])]
+    if changed:
+        with torch.no_grad():
+            for name, p in module.named_parameters():
+                p.copy_(kept[name])
+        raise BilevelError(f"A loss changes the parameters {changed} in place: compute new tensors from them instead.")
+    moved = [name for name, t in module.named_buffers() if name in buffers and not _same(t, buffers[name])]
+    if moved:
+        rank_zero_warn(
+            f"A loss changes the buffers {moved}. It is evaluated many times in an upper iteration, so that what they "
+            "hold depends on the algorithm: leave them as they are, or keep what you count outside the losses."
+        )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def check_losses(
+    problem: BilevelProblem, x: Params, y: Params, where: str = "on the first batch", task: Bilevel | None = None
+) -> float:
+    """Looks at the losses once, before anything has changed.
+
+    Args:
+        problem: the oracles.
+        x: upper variables.
+        y: lower variables.
+        where: of which evaluation messages speak.
+        task: whose own parameters the losses must not read in place of x and y; None: not looked at.
+
+    Returns:
+        ``|g_y|``.
+
+    Raises:
+        BilevelError: if a loss is not a finite scalar, the lower one does not depend on y, or one reads parameters
+            in a way that other values cannot be put in their place.
+    """
+    module: Any = task
+    own = {} if task is None else {name: p for name, p in module.named_parameters() if p.requires_grad}
+    levels = [] if task is None else [id(p) for m in (task.upper, task.lower) for p in m.parameters()]
+    size = 0.0
     x, y = tree.leaf(x), tree.leaf(y)
     used: set[str] = set()
     losses: dict[str, Callable[[Params, Params], Tensor]] = {"upper_loss": problem.f, "lower_loss": problem.g}
@@ -70,12 +142,25 @@ def check_losses(problem: BilevelProblem, x: Params, y: Params) -> None:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise BilevelError(f"{name} must return a scalar tensor, got {shape}; take its mean or sum.")
         if not torch.isfinite(value):
-            raise BilevelError(f"{name} is {value.item()} on the first batch; look for NaN or Inf in the data.")
+            raise BilevelError(f"{name} is {value.item()} {where}; look for NaN or Inf in the data.")
+        if own and value.requires_grad:
+            found = torch.autograd.grad(value, [*own.values()], allow_unused=True, retain_graph=True)
+            around = [n for n, g in zip(own, found, strict=True) if g is not None]
+            if fixed := [n for n in around if id(own[n]) in levels]:
+                raise BilevelError(
+                    f"{name} reads the parameters {fixed} not as members of self.upper or self.lower, such as from a "
+                    "list, so that it does not see other values of them: read them there."
+                )
+            if around:
+                rank_zero_warn(f"{name} uses the parameters {around} of neither level: they stay as they are.")
         inputs = {**{f"x {n}": t for n, t in x.items()}, **{f"y {n}": t for n, t in y.items()}}
         grads: Any = [None] * len(inputs)
         if value.requires_grad:
             grads = torch.autograd.grad(value, [*inputs.values()], allow_unused=True)
         reached = {n for n, g in zip(inputs, grads, strict=True) if g is not None}
+        if name == "lower_loss":
+            gradient = {n: g for n, g in zip(inputs, grads, strict=True) if g is not None and n.startswith("y ")}
+            size = float(tree.norm(gradient)) if gradient else 0.0
         if name == "lower_loss" and not any(n.startswith("y ") for n in reached):
             raise BilevelError("lower_loss does not depend on any parameter of self.lower.")
         used |= reached
@@ -87,6 +172,7 @@ def check_losses(problem: BilevelProblem, x: Params, y: Params) -> None:
     unused = [n for n in x if f"x {n}" not in used and "/" not in n and not prepared]
     if unused:
         rank_zero_warn(f"The losses use no gradient of the upper variables {unused}: they will not be learnt.")
+    return size
 
 
 def diagnose(problem: BilevelProblem, x: Params, y: Params) -> Params:

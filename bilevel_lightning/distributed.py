@@ -31,14 +31,22 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def mean_over_processes(tree: Params) -> Params:
+def mean_over_processes(tree: Params, weight: int | None = None) -> Params:
     """Returns the average over all processes, with one collective per data type; differentiable.
 
     Lightning's DDP strategy does not see gradients taken with `torch.autograd.grad`, so every derivative of a loss over
     shared variables goes through here. With one process it returns its argument.
+
+    Args:
+        tree: this process's values.
+        weight: this process's weight, such as the number of its episodes; None: all processes weigh the same.
     """
     if processes() == 1:
         return tree
+    if weight is not None:
+        weighted = {name: weight * t for name, t in tree.items()}
+        total = mean_over_processes({**weighted, "": next(iter(tree.values())).new_tensor(float(weight))})
+        return {name: total[name] / total[""] for name in tree}
     out: Params = {}
     for dtype in {t.dtype for t in tree.values()}:
         part = {name: t for name, t in tree.items() if t.dtype == dtype}

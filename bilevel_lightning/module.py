@@ -8,16 +8,20 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning import Callback, LightningModule
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from pytorch_lightning.core.mixins.hparams_mixin import _given_hyperparameters
+from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from bilevel_lightning import tree
-from bilevel_lightning.checks import check_levels, check_losses, diagnose, plain
+from bilevel_lightning.checkpoints import AtomicCheckpointIO
+from bilevel_lightning.checks import check_batch, check_levels, check_losses, check_task, diagnose, plain, watched
 from bilevel_lightning.compiled import Compiled
 from bilevel_lightning.distributed import agree, mean_over_processes, total_over_processes
 from bilevel_lightning.dynamics import Dynamics, GradientDescent
@@ -81,6 +85,9 @@ class BilevelModule(LightningModule, Bilevel, ABC):
     A run whose direction or y grows beyond 1e8 times its first norm, or is NaN, ends with a message that names the step
     size to lower, before x or y takes the value.
 
+    With ``bf16-mixed``, upper iterations are computed in float32; validation, test and prediction in bfloat16. A loss
+    that is to be cheaper than it is exact opens `torch.autocast` itself, around the part in question.
+
     Losses may contain dropout and batch normalisation. Running statistics are not changed by the many evaluations of
     an iteration; they advance once, on the lower batch at (x_{k+1}, y_{k+1}).
 
@@ -90,6 +97,10 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         upper_scheduler: its step-size schedule, stepped once per upper iteration: any of torch's, or one of
             `bilevel_lightning.schedules`, whose values multiply the step size. Default none.
         upper_clip_norm: bound on the Euclidean norm of the hypergradient. Default none.
+        upper_clip_value: bound on each entry's absolute value, applied before that on the norm. Default none.
+        accumulate: number n of batches whose hypergradients are averaged before x steps once, for more episodes than
+            memory holds. A persistent y moves with each batch. What was gathered survives validations and epochs and
+            lies in the checkpoint; what the end of a run leaves of a window is not used. Default 1.
         dynamics: one step of the lower level. Default gradient descent with step size 0.1.
         lower_steps: number T of lower steps in one upper iteration. Default 20.
         warm_start: start the lower level at the last iteration's y (True, default) or at the y of the beginning.
@@ -129,6 +140,8 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         upper_optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=0.01),
         upper_scheduler: Schedule | LRSchedulerCallable | None = None,
         upper_clip_norm: float | None = None,
+        upper_clip_value: float | None = None,
+        accumulate: int = 1,
         dynamics: Dynamics = GradientDescent(lr=0.1),  # noqa: B008 (a value: it has no state)
         lower_steps: int = 20,
         warm_start: bool = True,
@@ -147,11 +160,19 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             del self.hparams[name]
         self.task = task
         self.upper_optimizer, self.upper_scheduler = upper_optimizer, upper_scheduler
-        if upper_clip_norm is not None:
-            positive("upper_clip_norm", upper_clip_norm)
+        for name, bound in (("upper_clip_norm", upper_clip_norm), ("upper_clip_value", upper_clip_value)):
+            if bound is not None:
+                positive(name, bound)
         if lower_steps < self.least_lower_steps:
             raise BilevelError(f"lower_steps must be at least {self.least_lower_steps}, got {lower_steps}.")
-        self.upper_clip_norm = upper_clip_norm
+        self.upper_clip_norm, self.upper_clip_value = upper_clip_norm, upper_clip_value
+        self.accumulate = int(positive("accumulate", accumulate))
+        if self.accumulate > 1 and upper_iterations > 1:
+            raise BilevelError(
+                "accumulate gathers several batches for one upper iteration, upper_iterations takes several on one "
+                "batch: leave one of them out."
+            )
+        self._gathered: tuple[int, Params] = (0, {})  # batches since x stepped, and their hypergradients' sum
         self.dynamics, self.lower_steps, self.warm_start = dynamics, lower_steps, warm_start
         self.upper_iterations = int(positive("upper_iterations", upper_iterations))
         several = episodes_at_once is not None and int(positive("episodes_at_once", episodes_at_once)) > 1
@@ -271,6 +292,7 @@ class BilevelModule(LightningModule, Bilevel, ABC):
     def configure_model(self) -> None:
         if self._checked is not None:
             return
+        check_task(self.hooks)
         x, y = check_levels(self.hooks)
         if self.hooks.persistent_lower and self.episodic:
             raise BilevelError(
@@ -296,6 +318,20 @@ class BilevelModule(LightningModule, Bilevel, ABC):
                 f"precision {self.trainer.precision} cannot be used: its loss scaling does not reach hypergradients. "
                 "Choose 32-true, 64-true or bf16-mixed."
             )
+        strategy: Any = self.trainer.strategy
+        if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+            raise BilevelError(
+                f"{type(strategy).__name__} keeps a part of the parameters on each process, and hypergradients read "
+                "all of them: set trainer.strategy to ddp."
+            )
+        if type(strategy.checkpoint_io) is TorchCheckpointIO:
+            strategy.checkpoint_io = AtomicCheckpointIO()
+        for callback in self.trainer.checkpoint_callbacks:
+            if getattr(callback, "_train_time_interval", None) is not None:
+                raise BilevelError(
+                    "ModelCheckpoint.train_time_interval does nothing in manual optimization: use the callback "
+                    "SaveEvery(seconds) instead."
+                )
         # Its advice, to save the state before the optimizer's step, would not resume a bilevel run.
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         datamodule = getattr(self.trainer, "datamodule", None)
@@ -326,10 +362,12 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         due = bool(every) and (self.global_step // self.upper_iterations + 1) % every == 0
         left = self.upper_iterations if last < 0 else min(self.upper_iterations, last - self.global_step)
-        for i in range(left):
-            self._upper_iteration(batch, due and i == left - 1)
-            if self.trainer.should_stop:
-                break
+        # bfloat16 would change hypergradients by 2.5 to 67 % (docs/trust.md); evaluations keep it.
+        with torch.autocast(self.device.type, enabled=False):
+            for i in range(left):
+                self._upper_iteration(batch, due and i == left - 1)
+                if self.trainer.should_stop:
+                    break
 
     def _upper_iteration(self, batch: Any, due: bool) -> None:
         """Steps x and y once."""
@@ -340,8 +378,11 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             raise BilevelError(
                 f"episodes(batch) returned {len(episodes)} problems, but one y persists; set persistent_lower = False."
             )
+        if not episodes:
+            raise BilevelError("episodes(batch) returned no problem: every batch must hold one, on every process.")
         if not self._checked:
             self._check(episodes[0], x)
+        weight = None if self.hooks.persistent_lower else len(episodes)  # processes may hold different numbers
         steps, problems = [], []
         groups = self._groups(episodes)
         for episode, number in groups:
@@ -354,13 +395,20 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             counts.update(taken)
             steps.append(step)
             problems.append((problem, tree.clone(z) if due else z))
-        gradient = mean_over_processes(tree.mean([s.upper_grad for s in steps], [n or 1 for _, n in groups]))
+        gradient = mean_over_processes(tree.mean([s.upper_grad for s in steps], [n or 1 for _, n in groups]), weight)
         norm = tree.norm(gradient)
-        self._guard("The hypergradient", norm, self.upper_rates)
         sizes = [tree.norm(step.lower) for step in steps if not callable(step.lower)]
-        if sizes:  # the same on all processes, so that all of them stop
-            self._guard("y", mean_over_processes({"": torch.stack(sizes).mean()})[""], self.lower_rates)
-        self._step_upper(gradient, norm)
+        try:
+            if sizes:  # the same on all processes, so that all of them stop
+                self._guard("y", mean_over_processes({"": torch.stack(sizes).mean()})[""], self.lower_rates)
+            self._guard("The hypergradient", norm, self.upper_rates)
+        except BilevelError:
+            self._check(episodes[0], x, f"at upper iteration {self.global_step}")  # a batch may be the reason
+            raise
+        full = self._gather(gradient)
+        if full is not None:
+            norm = tree.norm(full)
+            self._step_upper(full, norm)
         lowers = [
             self._follow(s.lower, e, counts) if callable(s.lower) else s.lower
             for s, (e, _) in zip(steps, groups, strict=True)
@@ -375,13 +423,16 @@ class BilevelModule(LightningModule, Bilevel, ABC):
                     self.hooks.keep_lower(one, solved)
         self._count(counts)
         self._advance_statistics(episodes)
-        if due:
+        if due and full is not None:
             with self._aside():
                 logs = [
                     {**step.logs, **diagnose(problem, z, y)}
                     for step, (problem, z), y in zip(steps, problems, lowers, strict=True)
                 ]
-            self._log_step({name: torch.cat([log[name].reshape(-1) for log in logs]).mean() for name in logs[0]}, norm)
+            means = {name: torch.cat([log[name].reshape(-1) for log in logs]).mean() for name in logs[0]}
+            means = mean_over_processes(means, weight)
+            self._log_step(means, norm)
+            self._warn(float(means["train/stationarity"]))
 
     def _groups(self, episodes: Sequence[Any]) -> list[tuple[Any, int | None]]:
         """Returns what is solved at once: single episodes with None, or stacks of several with their number."""
@@ -402,11 +453,18 @@ class BilevelModule(LightningModule, Bilevel, ABC):
     def _bind(self, episode: Any, x: Params, number: int | None = None) -> tuple[BilevelProblem, Params, Operator]:
         return bind(self.hooks, episode, x, mean_over_processes, agree, number)
 
-    def _check(self, episode: Any, x: Params) -> None:
-        """Looks at the losses, once."""
-        with self._aside():
-            problem, z, _ = self._bind(episode, x)
-            check_losses(problem, z, self.start_lower(x, episode))
+    def _check(self, episode: Any, x: Params, where: str = "on the first batch") -> None:
+        """Looks at the losses: once, and again where an iteration ends in what is not finite."""
+        y = self.start_lower(x, episode)
+        try:
+            with self._aside(), watched(self.hooks):
+                problem, z, _ = self._bind(episode, x)
+                size = check_losses(problem, z, y, where, self.hooks)
+        except RuntimeError as error:
+            if hint := check_batch(episode, next(iter(y.values()))):
+                raise BilevelError(f"A loss fails {where}. {hint}: convert in the data module. ({error})") from error
+            raise
+        self.scale.setdefault("stationarity", size)
         self._checked = True
 
     def _follow(self, move: Callable[[BilevelProblem, Params], Params], episode: Any, counts: Counter[str]) -> Params:
@@ -436,6 +494,17 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             raise BilevelError(
                 f"{name} is {size:.3g} in norm at upper iteration {self.global_step}: the run has diverged. Lower "
                 f"{rates}; the last checkpoint is as it was."
+            )
+
+    def _warn(self, stationarity: float) -> None:
+        """Says once when the lower level is further from being solved than where the run began."""
+        first = self.scale.get("stationarity", 0.0)
+        if 0 < 10 * first < stationarity:
+            self.scale["stationarity"] = float("inf")
+            rank_zero_warn(
+                f"|g_y| is {stationarity:.3g} at upper iteration {self.global_step} and was {first:.3g} when the run "
+                f"began: the lower level is not solved, and its hypergradient cannot be trusted. Lower "
+                f"{self.lower_rates}, or raise lower_steps; bilevel-check tells more."
             )
 
     def _iterate(self, x: Params, y: Params, episode: Any, number: int | None) -> tuple[BilevelProblem, Params, Step]:
@@ -480,9 +549,28 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         """A context for what must not change the random numbers of training."""
         return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
 
+    @property
+    def batches(self) -> int:
+        """Upper iterations so far, or with ``accumulate`` batches."""
+        return self.global_step * self.accumulate + self._gathered[0]
+
+    def _gather(self, gradient: Params) -> Params | None:
+        """Returns the mean of the last ``accumulate`` hypergradients where x is due to step, else None."""
+        if self.accumulate == 1:
+            return gradient
+        number, total = self._gathered
+        total = {name: t + total[name].to(t) for name, t in gradient.items()} if number else gradient
+        number += 1
+        full = number >= self.accumulate
+        self._gathered = (0, {}) if full else (number, total)
+        return {name: t / number for name, t in total.items()} if full else None
+
     def _step_upper(self, gradient: Params, norm: Tensor) -> None:
         """Steps, projects and schedules x."""
         optimizer = self.optimizers()
+        if self.upper_clip_value is not None:
+            gradient = {name: t.clamp(-self.upper_clip_value, self.upper_clip_value) for name, t in gradient.items()}
+            norm = tree.norm(gradient)
         scale = 1.0 if self.upper_clip_norm is None else (self.upper_clip_norm / norm).clamp(max=1.0)
         for name, p in self.upper_parameters().items():
             p.grad = gradient[name] * scale
@@ -497,8 +585,7 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             scheduler.step()  # type: ignore[union-attr]
 
     def _log_step(self, logs: Params, norm: Tensor) -> None:
-        logs["train/hypergradient_norm"] = norm
-        logs = mean_over_processes(logs)
+        logs["train/hypergradient_norm"] = norm  # the same on all processes
         for name, p in self.learnable.items():
             kind, _, label = name.partition("/")
             if kind == "dynamics" and p.ndim == 0:
@@ -592,9 +679,16 @@ class BilevelModule(LightningModule, Bilevel, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         checkpoint["random_state"] = {"torch": torch.get_rng_state(), "cuda": cuda}
+        checkpoint["accumulated"], checkpoint["scale"] = self._gathered, self.scale
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Lightning converts a module to float64 after it has loaded it, when half of the digits are lost.
+        if self._trainer is not None:
+            self._trainer.precision_plugin.convert_module(self)
+        else:
+            self.to(next(t.dtype for t in checkpoint["state_dict"].values() if t.is_floating_point()))
+        self._gathered, self.scale = checkpoint.get("accumulated", (0, {})), dict(checkpoint.get("scale", {}))
         if self._trainer is not None and self._trainer.training and "random_state" in checkpoint:
             torch.set_rng_state(checkpoint["random_state"]["torch"].cpu())
             if torch.cuda.is_available():

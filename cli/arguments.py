@@ -2,10 +2,15 @@
 
 import itertools
 import json
+import os
+import re
+import sys
 from argparse import ArgumentError
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from jsonargparse import set_parsing_settings
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningCLI
 
@@ -14,6 +19,23 @@ from bilevel_lightning.errors import BilevelError
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 DEFAULT = "hyper_cleaning/digits_trhg"
 CHECKPOINT_WORDS = ("last", "best", "hpc")
+PACKAGES = ("bilevel_lightning", "pytorch_lightning", "torch", "torchmetrics", "torchvision")
+LOADERS = [
+    f"torch.{name}"
+    for name in (
+        "distributed.elastic",
+        "hub",
+        "load",
+        "multiprocessing",
+        "package",
+        "serialization",
+        "utils.cpp_extension",
+    )
+]  # what runs code or files that it is given
+
+
+NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+_allowed: set[str] = set()  # by earlier calls in this process
 
 
 def shipped_configs() -> list[str]:
@@ -54,6 +76,31 @@ def complete(args: list[str]) -> list[str]:
     return [command, *tokens]
 
 
+def restrict(args: Sequence[str]) -> None:
+    """Restricts what configs and checkpoints may import, for this process (SECURITY.md).
+
+    That is `PACKAGES`, the packages in the environment variable ``BILEVEL_ALLOW`` (separated by commas), and those of
+    the dotted names in ``args``, which a person has typed; a module of Python itself counts only in the variable. Named
+    packages may lie in the working folder.
+    """
+    values = (token.rpartition("=")[2] for token in args)
+    typed = {value.partition(".")[0] for value in values if NAME.fullmatch(value) and not Path(value).exists()}
+    named = {name.strip() for name in os.environ.get("BILEVEL_ALLOW", "").split(",") if name.strip()}
+    given = (typed - sys.stdlib_module_names - {"jsonargparse"}) | named
+    set_parsing_settings(
+        import_path_denylist=["*", *LOADERS, *sorted(_allowed - given)],
+        import_path_allowlist=[*PACKAGES, *sorted(given)],
+    )
+    _allowed.update(given)
+    if given and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # where a person's own modules lie; after all others
+
+
+def newest(checkpoints: Sequence[Path]) -> Path | None:
+    """Returns the checkpoint that was written last, or None where there is none."""
+    return max(checkpoints, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
 def checkpoint_settings(path: str) -> list[str]:
     """Returns the model's and the data's settings of a checkpoint as command-line arguments.
 
@@ -68,7 +115,7 @@ def checkpoint_settings(path: str) -> list[str]:
         checkpoint = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
         raise BilevelError(
-            f"--ckpt_path {path} is not a checkpoint that loads without running code: {error}"
+            f"--ckpt_path {path} is not a checkpoint that loads without running code: {str(error).splitlines()[0]}"
         ) from error
     args = []
     for option, key in (("--model", "hyper_parameters"), ("--data", "datamodule_hyper_parameters")):
@@ -90,6 +137,13 @@ def explain(error: BaseException) -> str | None:
         return str(cause)
     if not isinstance(error, ArgumentError | MisconfigurationException):
         return None
+    text = str(getattr(error, "message", error))
+    if denied := re.search(r"Importing '(([^.']+)[^']*)' is not allowed", text):
+        return (
+            f"The config or checkpoint names {denied[1]}, which is neither of this package nor of Lightning or torch. "
+            "If you trust it, type the name on the command line, or set the environment variable "
+            f"BILEVEL_ALLOW={denied[2]}."
+        )
     noise = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value")
-    lines = [line.strip() for line in str(getattr(error, "message", error)).splitlines()]
+    lines = [line.strip() for line in text.splitlines()]
     return " ".join(line.removeprefix("- ") for line in lines if not line.startswith(noise))

@@ -32,7 +32,7 @@ from bilevel_lightning import (  # noqa: F401
     schedules,
     tasks,
 )
-from bilevel_lightning.cli.arguments import CONFIGS, DEFAULT, complete, explain, shipped_configs
+from bilevel_lightning.cli.arguments import CONFIGS, DEFAULT, complete, explain, newest, restrict, shipped_configs
 from bilevel_lightning.module import BilevelModule
 
 
@@ -61,6 +61,24 @@ class BilevelCLI(LightningCLI):
             self.run_name = self._name(args)
         else:
             self.config, self.run_name = parser.parse_object(args), "run"
+        settings = self.config.get(self.config.get("subcommand"), {})
+        if settings.get("ckpt_path") == "last":
+            settings["ckpt_path"] = self._last(settings["trainer"])
+
+    def _last(self, trainer: Any) -> str | None:
+        """Returns the newest checkpoint of this config's runs; None, and training starts anew, where there is none.
+
+        Raises:
+            BilevelError: if there is none to evaluate.
+        """
+        root = Path(trainer["default_root_dir"]) / self.run_name
+        given = trainer["callbacks"] if isinstance(trainer["callbacks"], list) else [trainer["callbacks"]]
+        folders = [Path(args["dirpath"]) for c in given if c and (args := c.get("init_args", {})).get("dirpath")]
+        found = newest([path for f in (*root.glob("version_*/checkpoints"), *folders) for path in f.glob("*.ckpt")])
+        if found is None and self.config["subcommand"] != "fit":
+            raise BilevelError(f"--ckpt_path last: there is no checkpoint in {root}/version_*/checkpoints.")
+        rank_zero_info(f"--ckpt_path last: {found or f'no checkpoint in {root}, so the run begins'}")
+        return None if found is None else str(found)
 
     @staticmethod
     def _name(args: list[str]) -> str:
@@ -147,6 +165,7 @@ def _quiet() -> None:
 def start(cli: type[BilevelCLI], args: list[str] | None, **settings: Any) -> BilevelCLI:
     """Runs a command."""
     _quiet()
+    restrict(sys.argv[1:] if args is None else args)
     raising: dict[str, Any] = {"exit_on_error": False}
     return cli(
         BilevelModule,

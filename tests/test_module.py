@@ -8,6 +8,7 @@ from torch import nn
 
 from bilevel_lightning import (
     RHG,
+    SAMA,
     TRHG,
     Adam,
     AggregatedDescent,
@@ -18,6 +19,7 @@ from bilevel_lightning import (
     Momentum,
     tree,
 )
+from bilevel_lightning.datamodules.iterations import Iterations
 from bilevel_lightning.problem import bind
 from bilevel_lightning.state import State
 
@@ -102,6 +104,82 @@ def test_scheduler_clipping_and_projection():
     before = clipped.upper.x.detach().clone()
     fit(RHG(task=clipped, upper_optimizer=sgd(1.0), upper_clip_norm=0.25), 1)
     assert float((clipped.upper.x.detach() - before).norm()) == pytest.approx(0.25)
+
+
+def test_clipping_by_value_comes_before_that_by_norm():
+    free, clipped, both = Quadratic(), Quadratic(), Quadratic()
+    x = free.upper.x.detach().clone()
+    fit(RHG(task=free, upper_optimizer=sgd(1.0)), 1)
+    fit(RHG(task=clipped, upper_optimizer=sgd(1.0), upper_clip_value=0.3), 1)
+    fit(RHG(task=both, upper_optimizer=sgd(1.0), upper_clip_value=0.3, upper_clip_norm=0.25), 1)
+    gradient = x - free.upper.x.detach()
+    assert gradient.abs().max() > 0.3 > gradient.abs().min()
+    want = gradient.clamp(-0.3, 0.3)
+    torch.testing.assert_close(x - clipped.upper.x.detach(), want, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(x - both.upper.x.detach(), want * 0.25 / want.norm(), rtol=1e-12, atol=1e-14)
+
+
+class Targets(Quadratic):
+    """Episodes whose targets are a batch's rows; y is solved for each."""
+
+    persistent_lower = False
+
+    def episodes(self, batch):
+        return list(batch["rows"])
+
+    def upper_loss(self, target):
+        return 0.5 * (self.y() - target).square().sum() + 0.5 * self.rho * self.upper.x.square().sum()
+
+
+def rows(number):
+    return torch.randn(number, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+
+
+def accumulated(split, path=None, ckpt_path=None, **settings):
+    """Trains on 12 episodes an epoch, ``split`` in a batch; returns the module and its trainer."""
+    module = RHG(task=Targets(), lower_steps=5, **settings)
+    save = [] if path is None else [SaveAfter(4, path)]
+    batches = [{"rows": part} for part in rows(12).split(split)]
+    # a validation after each batch
+    run = trainer(4, callbacks=save, val_check_interval=1, limit_val_batches=1)
+    data = Iterations(lambda k: batches[k % len(batches)], len(batches), run)
+    run.fit(module, data, Iterations(lambda k: batches[0], 1), ckpt_path=ckpt_path)
+    return module, run
+
+
+class SaveAfter(Callback):
+    def __init__(self, batches, path):
+        self.batches, self.path = batches, path
+
+    def on_train_batch_end(self, trainer, module, *args):
+        if trainer.fit_loop.epoch_loop.batch_progress.total.ready == self.batches:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("settings", [{}, {"upper_clip_norm": 0.2, "upper_clip_value": 0.1}])
+def test_accumulating_batches_is_one_step_with_their_mean(settings):
+    """Three batches of two episodes are one of six, with validations in between; logs and steps count windows."""
+    whole, steps = accumulated(6, **settings)
+    parts, same = accumulated(2, accumulate=3, **settings)
+    assert steps.global_step == same.global_step == 4
+    torch.testing.assert_close(parts.task.upper.x, whole.task.upper.x, rtol=1e-12, atol=1e-14)
+    for name in ("train/hypergradient_norm", "oracle/hessian_products"):
+        assert float(same.callback_metrics[name]) == pytest.approx(float(steps.callback_metrics[name]), rel=1e-6)
+
+
+def test_a_checkpoint_inside_the_window_keeps_what_was_gathered(tmp_path):
+    whole, _ = accumulated(2, tmp_path / "inside.ckpt", accumulate=3)
+    assert torch.load(tmp_path / "inside.ckpt", weights_only=True)["accumulated"][0] == 1
+    resumed, _ = accumulated(2, ckpt_path=tmp_path / "inside.ckpt", accumulate=3)
+    assert torch.equal(resumed.task.upper.x, whole.task.upper.x)
+
+
+def test_steps_of_an_accumulating_run_with_kept_memories():
+    """Adam's memories of the lower level count the batches, not the steps of x, which are none here."""
+    plain, gathered = Quadratic(), Quadratic()
+    fit(SAMA(task=plain, upper_optimizer=sgd(1e-300)), 6)
+    fit(SAMA(task=gathered, upper_optimizer=sgd(1e-300), accumulate=3), 2)
+    assert torch.equal(plain.y(), gathered.y())
 
 
 def test_episodes_are_averaged_and_y_is_solved_for_each():
@@ -222,6 +300,9 @@ def loss_is(value):
         (lambda: RHG(truncation=0), "truncation K=0 must be between 1"),
         (lambda: RHG(memory="disk"), "memory must be 'graph', 'recompute' or 'mixed', got 'disk'"),
         (lambda: RHG(upper_clip_norm=0.0), "upper_clip_norm must be a positive number, got 0.0"),
+        (lambda: RHG(upper_clip_value=-1.0), "upper_clip_value must be a positive number, got -1.0"),
+        (lambda: RHG(accumulate=0), "accumulate must be a positive number, got 0"),
+        (lambda: RHG(accumulate=2, upper_iterations=2), "accumulate gathers several batches for one upper iteration"),
         (
             lambda: fit(RHG(task=Quadratic(), upper_optimizer=sgd(-1.0)), 1),
             "upper_optimizer: Invalid learning rate: -1",
@@ -284,7 +365,7 @@ def test_several_episodes_with_one_y():
 def test_a_diverged_iteration_changes_nothing():
     task = Quadratic()
     before = tree.clone(dict(task.named_parameters()))
-    with pytest.raises(BilevelError, match="hypergradient"):
+    with pytest.raises(BilevelError, match="y is nan"):
         fit(RHG(task=task, dynamics=GradientDescent(1e200)), 1)
     assert all(torch.equal(p, before[name]) for name, p in task.named_parameters())
 

@@ -49,7 +49,7 @@ class DARTS(BilevelModule):
         state, first = self.dynamics.start(y), 0
         kept = [memory for i in range(len(state) - 1) if (memory := self.kept(f"memory{i}")) is not None]
         if kept:  # with a warm start the dynamics go on where they were
-            state, first = (y, *kept), self.global_step * self.lower_steps
+            state, first = (y, *kept), self.batches * self.lower_steps
         last = first + self.lower_steps - 1
         for t in range(first, last):
             state = self.dynamics.step(problem, x, state, t)

@@ -6,6 +6,7 @@ from bilevel_lightning.callbacks.equilibrium import UpperStationarity
 from bilevel_lightning.callbacks.few_shot import AdaptationCurve, EpisodeFigure, FewShotReport, RegressionFigure
 from bilevel_lightning.callbacks.numerical import PathFigure, SolutionError
 from bilevel_lightning.callbacks.poisoning import PoisonedImages, PoisoningReport
+from bilevel_lightning.callbacks.saving import SaveEvery
 from bilevel_lightning.callbacks.stopping import ResidualStopping
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "RegressionFigure",
     "ResidualStopping",
     "SampleBudget",
+    "SaveEvery",
     "SolutionError",
     "SuspiciousImages",
     "UpperStationarity",

@@ -380,6 +380,34 @@ def test_resume_test_validate_predict_and_load(capsys):
     torch.testing.assert_close(weights, torch.sigmoid(module.task.upper.logits.detach()))
 
 
+def test_last_goes_on_from_the_newest_checkpoint_of_the_config(capsys):
+    """The same command begins a run, and goes on with it as often as it is given."""
+    again = ["--config", "hyper_cleaning/digits_trhg", "--config", str(TINY), "--ckpt_path=last"]
+    for steps in (2, 3, 5):
+        run(*again, f"--trainer.max_steps={steps}")
+    folder = Path("runs/hyper_cleaning/digits_trhg")
+    ends = [int(RHG.load_from_checkpoint(checkpoint(folder / f"version_{i}")).oracles[1]) for i in range(3)]
+    assert ends == [2 * 5, 3 * 5, 5 * 5]
+    capsys.readouterr()
+    run("test", *again)
+    assert "test/accuracy" in capsys.readouterr().out
+    elsewhere = [*again, "--trainer.default_root_dir=elsewhere"]
+    message = "--ckpt_path last: there is no checkpoint in elsewhere/hyper_cleaning/digits_trhg/version_*/checkpoints."
+    assert message in failure(capsys, "test", *elsewhere)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_last_looks_where_a_callback_writes():
+    args = [
+        "--config", "hyper_cleaning/digits_trhg", "--config", str(TINY), "--ckpt_path", "last",
+        "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.dirpath=mine",
+    ]  # fmt: skip
+    run(*args)
+    run(*args, "--trainer.max_steps=4")
+    newest = max(Path("mine").glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    assert int(RHG.load_from_checkpoint(newest).oracles[1]) == 4 * 5
+
+
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")
 @pytest.mark.parametrize("mode", ["fast_dev_run", "barebones"])
 def test_runs_that_write_nothing(mode):
