@@ -17,6 +17,7 @@ from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric, Metric
 from typing_extensions import override
 
 from bilevel_lightning import tree
@@ -198,7 +199,7 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             )
         self.compiled = Compiled(self._recorded) if compile else None
         self.scale: dict[str, float] = {}
-        self.intervals = nn.ModuleDict()
+        self.statistics = nn.ModuleDict()  # of evaluations
         self._checked: bool | None = None  # None: not configured; False: losses not looked at yet
         self.register_buffer("oracles", torch.zeros(len(ORACLES), dtype=torch.long))
         self.oracles: Tensor
@@ -616,20 +617,22 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             found = [self._evaluated(*group) for group in self._groups(self.hooks.episodes(batch))]
         for name in found[0]:
             values = torch.cat([metrics[name].reshape(-1) for metrics in found]).float()
-            self.log(
-                f"{stage}/{name}",
-                values.mean(),
-                sync_dist=True,
-                batch_size=len(values),
-                prog_bar=name == "accuracy",
-            )
-            if not self.hooks.persistent_lower and name != "upper_loss":
-                key = f"{stage}_{name}"
-                if key not in self.intervals:
-                    self.intervals[key] = Interval().to(self.device)
-                interval: Any = self.intervals[key]
-                interval(values)
-                self.log(f"{stage}/{name}_ci95", interval, metric_attribute=f"intervals.{key}")
+            bar, key = name == "accuracy", f"{stage}_{name}"
+            if self.hooks.persistent_lower:
+                self.log(f"{stage}/{name}", values.mean(), sync_dist=True, batch_size=len(values), prog_bar=bar)
+                continue
+            # Metrics gather sums; Lightning's own mean rounds the number of values where processes differ in it.
+            self._add(f"{stage}/{name}", f"{key}_mean", MeanMetric, values, prog_bar=bar)
+            if name != "upper_loss":
+                self._add(f"{stage}/{name}_ci95", key, Interval, values)
+
+    def _add(self, name: str, key: str, kind: type[Metric], values: Tensor, prog_bar: bool = False) -> None:
+        """Updates a metric of the evaluation, kept under ``key``, and logs it."""
+        if key not in self.statistics:
+            self.statistics[key] = kind().to(self.device)
+        metric: Any = self.statistics[key]
+        metric(values)
+        self.log(name, metric, metric_attribute=f"statistics.{key}", prog_bar=prog_bar)
 
     def _evaluated(self, episode: Any, number: int | None) -> dict[str, Tensor]:
         """Returns the metrics of one episode or of a stack."""

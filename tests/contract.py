@@ -17,7 +17,8 @@ from torch import nn
 
 from bilevel_lightning import BilevelError, GradientDescent, algorithms
 from bilevel_lightning.datamodules import Sinusoid
-from bilevel_lightning.datamodules.cleaning import CleaningData, Source
+from bilevel_lightning.datamodules.cleaning import CleaningData
+from bilevel_lightning.datamodules.images import Source
 from bilevel_lightning.datamodules.iterations import Iterations
 from bilevel_lightning.hypergradients.implicit import LinearSystemWarning
 from bilevel_lightning.models import LinearHead, LinearNet, RegressionMLP

@@ -62,7 +62,7 @@ class UpperStationarity(Callback):
         module: Any = pl_module
         gradients, samples = zip(*self.found, strict=True)
         with torch.inference_mode(False), torch.no_grad():
-            gradient = own(mean_over_processes(tree.mean(gradients, samples)))
+            gradient = own(mean_over_processes(tree.mean(gradients, samples), sum(samples)))
             x = own(tree.clone(module.upper_parameters()))
             moved = module.hooks.project_upper(tree.axpy(-1.0, gradient, x))
             squares = {"hg_norm": tree.norm(gradient) ** 2, "prox_map_norm": tree.norm(tree.axpy(-1.0, moved, x)) ** 2}
