@@ -73,7 +73,7 @@ def test_a_resumed_run_is_the_undisturbed_one_to_the_bit(runs, case, problem):
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_algorithm_runs_on_one_of_the_problems_at_least(runs, case):
-    """What is refused is refused for its structure: no y_0(x) to learn, a y that has to persist, or what `prepare` made."""
+    """What is refused is refused for its structure: no y_0(x) to learn, no y that persists, or what `prepare` made."""
     refused = [found["refused"] for p in PROBLEMS if "refused" in (found := runs[0]["whole", case, p])]
     assert len(refused) < len(PROBLEMS)
     reasons = ("persistent_lower", "warm_start", "prepare(batch)")
