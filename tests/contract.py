@@ -158,7 +158,9 @@ def episodes_seen(**settings):
     seen, data = Seen(), Sinusoid(episodes_per_batch=settings.pop("size"), val_episodes=2, epoch_length=3, shots=2)
     task = FewShotRegression(RegressionMLP(hidden=[3]))
     task.callbacks = list
-    trainer(4, callbacks=[seen], limit_val_batches=0, **settings).fit(algorithms.MAML(task=task), datamodule=data)
+    trainer(4, callbacks=[seen], limit_val_batches=0, **settings).fit(
+        algorithms.MAML(task=task, dynamics=GradientDescent(0.01)), datamodule=data
+    )
     return seen.points
 
 

@@ -39,6 +39,20 @@ EQUILIBRIUM = "tasks/test_equilibrium.py"
 EQUILIBRIUM_BALL = "test_projections.py::test_convolution_ball_gives_the_nearest_kernel"
 # fmt: off
 MUTATIONS = [
+    M("accumulated-is-a-sum", "module.py", "{name: t / number for name, t in total.items()}", "total",
+      "test_module.py::test_accumulating_batches_is_one_step_with_their_mean"),
+    M("window-is-lost", "module.py", 'self._gathered, self.scale = checkpoint.get("accumulated", (0, {})), dict(',
+      "_, self.scale = None, dict(", "test_module.py::test_a_checkpoint_inside_the_window_keeps_what_was_gathered"),
+    M("float64-too-late", "module.py", "self._trainer.precision_plugin.convert_module(self)", "pass",
+      "test_checkpoints.py::test_all_digits_come_back"),
+    M("upper-iterations-in-bfloat16", "module.py", "torch.autocast(self.device.type, enabled=False)",
+      "torch.autocast(self.device.type, torch.bfloat16)", "algorithms/test_trust.py -k mixed"),
+    M("half-a-checkpoint", "checkpoints.py", 'final.with_name(f".{final.name}.unfinished")', "final",
+      "test_checkpoints.py::test_a_kill_during_a_write_leaves_the_file_before"),
+    M("episodes-not-weighed", "distributed.py", "{name: weight * t for", "{name: t for",
+      "algorithms/test_trust.py::test_two_processes_are_one_with_the_union_batch"),
+    M("in-place-unseen", "checks.py", "if not _same(p, kept[name])]", "if False]", "test_checks.py -k in_place"),
+    M("around-unseen", "checks.py", "if id(own[n]) in levels]", "if False]", "test_checks.py -k around"),
     M("graph-without-graph", "derivatives.py", "y, create_graph=True)[0]", "y)[0]",
       "test_derivatives.py::test_products"),
     M("products-without-replay", "derivatives.py", "with randomness.replayed(ctx.random):", "if True:",
