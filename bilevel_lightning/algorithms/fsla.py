@@ -6,7 +6,8 @@ from typing_extensions import override
 
 from bilevel_lightning import tree
 from bilevel_lightning.algorithms.soba import SOBA, joined, part
-from bilevel_lightning.estimators import STORM, Term
+from bilevel_lightning.errors import BilevelError
+from bilevel_lightning.estimators import STORM, Estimator, Term
 from bilevel_lightning.module import Step
 from bilevel_lightning.problem import BilevelProblem
 from bilevel_lightning.schedules import Power, at
@@ -20,7 +21,7 @@ class FSLA(SOBA):
     the estimate of f_x - g_xy v at the new y and v.
 
     Args:
-        estimator: of the direction of x. Default `STORM` with eta = ``(k + 1)^{-1/2}``.
+        estimator: of the direction of x; not SAGA. Default `STORM` with eta = ``(k + 1)^{-1/2}``.
         lower_lr: as in `SOBA`.
         **kwargs: settings of `SOBA`.
 
@@ -29,8 +30,13 @@ class FSLA(SOBA):
         2022.
     """
 
-    def __init__(self, *, estimator: STORM = STORM(Power(1.0, -0.5)), **kwargs: Any) -> None:  # noqa: B008
+    def __init__(self, *, estimator: Estimator = STORM(Power(1.0, -0.5)), **kwargs: Any) -> None:  # noqa: B008
         super().__init__(estimator=estimator, **kwargs)
+        if estimator.partitioned:
+            raise BilevelError(
+                f"{type(self).__name__}: its direction has samples of both levels at once, which SAGA does not "
+                "remember; use STORM, SARAH or MovingAverage, or SABA as algorithm."
+            )
 
     @override
     def initial_state(self, x: Params, y: Params) -> dict[str, Params]:
