@@ -77,7 +77,8 @@ class TwoLevelData(LightningDataModule):
         for i, ((name, size), data) in enumerate(zip(sizes.items(), self.levels(), strict=True)):
             if size is not None and getattr(module, "upper_iterations", 1) > 1:
                 raise BilevelError(
-                    f"model.upper_iterations would take the same minibatches several times: leave it or data.{name} out."
+                    f"model.upper_iterations would take the same minibatches several times: leave it or data.{name} "
+                    "out."
                 )
             if size is not None and size > len(data[0]):
                 raise BilevelError(
