@@ -11,14 +11,15 @@ from bilevel_lightning.estimators import STORM, Estimator, Term
 from bilevel_lightning.module import Step
 from bilevel_lightning.problem import BilevelProblem
 from bilevel_lightning.schedules import Power, at
+from bilevel_lightning.task import Draws
 from bilevel_lightning.tree import Params
 
 
 class FSLA(SOBA):
     r"""FSLA, a fully single-loop algorithm: `SOBA` in sequence, and STORM on the direction of x alone.
 
-    On one minibatch of each level: y <- y - rho g_y(x, y), then v <- v - rho' (g_yy v - f_y) at the new y, then x along
-    the estimate of f_x - g_xy v at the new y and v.
+    On one upper minibatch, and a lower one each: y <- y - rho g_y(x, y), then v <- v - rho' (g_yy v - f_y) at the new
+    y, then x along the estimate of f_x - g_xy v at the new y and v.
 
     Args:
         estimator: of the direction of x; not SAGA. Default `STORM` with eta = ``(k + 1)^{-1/2}``.
@@ -44,17 +45,22 @@ class FSLA(SOBA):
         return {"v": v, **self.memory(joined(x=x, y=y, v=v), [joined(x=x)], ("lower",))}
 
     @override
+    def minibatches(self, k: int) -> tuple[Draws, Draws]:
+        lower, upper = super().minibatches(k)
+        return lower if lower == [0] else 3, upper
+
+    @override
     def bilevel_step(self, problem: BilevelProblem, x: Params, y: Params) -> Step:
         v = self.kept("v")
         assert v is not None
         y = self.move(problem, x, y, problem.grad_g(x, y))
-        product, _ = problem.hessian_products(x, y)
+        product, _ = problem.hessian_products(x, y, 1)
         d_v = tree.axpy(-1.0, problem.grad_f_y(x, y), product(v))
         v = tree.axpy(-at(self.linear_lr, self.global_step), d_v, v)
 
         def direction(u: Params) -> Params:
             x, y, v = (part(u, prefix) for prefix in "xyv")
-            _, cross = problem.hessian_products(x, y)
+            _, cross = problem.hessian_products(x, y, 2)
             return joined(x=tree.axpy(-1.0, cross(v), problem.grad_f_x(x, y)))
 
         d, memory = self.directions([Term(direction)], joined(x=x, y=y, v=v))

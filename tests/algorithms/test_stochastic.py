@@ -387,6 +387,23 @@ def test_saga_says_when_there_are_more_parts_than_memories():
         module.bilevel_step(problem, x, y)
 
 
+def test_fsla_moves_y_v_and_x_on_minibatches_of_their_own():
+    """On one shared minibatch g_xy and the new v would not be independent, and the direction of x biased."""
+    module = prepared(FSLA, lower_lr=0.2)
+    assert module.minibatches(0) == (3, [1])
+    task, v = module.task, torch.linspace(-1, 1, DIM, dtype=torch.float64)
+    module.states["v"].set({"y": v})
+    (i, j, n), (m,) = draws(3, 4), draws(1, 5, M)
+    problem, x, y = bound(module, [i, j, n], [m])
+    step = module.bilevel_step(problem, x, y)
+    y = y["y"] - 0.2 * (task.A[i].mean(0) @ y["y"] - task.B[i].mean(0) @ x["x"])
+    v = v - 0.2 * (task.A[j].mean(0) @ v - (y - task.c[m].mean(0)))
+    torch.testing.assert_close(step.lower["y"], y, rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(step.state["v"]["y"], v, rtol=1e-13, atol=1e-14)
+    want = task.rho * x["x"] + task.B[n].mean(0).T @ v
+    torch.testing.assert_close(step.upper_grad["x"], want, rtol=1e-13, atol=1e-14)
+
+
 # Convergence on minibatches.
 
 
