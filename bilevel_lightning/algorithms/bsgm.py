@@ -112,16 +112,14 @@ class BSGM(AID):
         return FixedPointIteration(steps + (not warm), tol=0.0, lr=self._linear_lr(problem), first=first)
 
     def _linear_lr(self, problem: BilevelProblem) -> float | Schedule | None:
-        of_map = problem.constrained or self.dynamics.rest != "minimum"
-        if self.linear_lr is not None or of_map:
+        if self.linear_lr is not None or problem.constrained or self.dynamics.rest != "minimum":
             return self.linear_lr
-        if self.dynamics.linear_step() is None:
+        step = self.dynamics.linear_step()
+        if step is None:
             raise BilevelError(
-                f"linear_lr must be given: {type(self.dynamics).__name__} has no step size with which "
-                "v - linear_lr g_yy v contracts."
+                f"linear_lr must be given: {type(self.dynamics).__name__} has no step size that suits a linear system."
             )
-        lr: float | Schedule = getattr(self.dynamics, "lr", 1.0)
-        return lr
+        return getattr(self.dynamics, "lr", step)
 
     @override
     def bilevel_step(self, problem: BilevelProblem, x: Params, y: Params) -> Step:

@@ -31,7 +31,8 @@ class FSLA(SOBA):
         2022.
     """
 
-    def __init__(self, *, estimator: Estimator = STORM(Power(1.0, -0.5)), **kwargs: Any) -> None:  # noqa: B008
+    def __init__(self, *, estimator: Estimator | None = None, **kwargs: Any) -> None:
+        estimator = STORM(Power(1.0, -0.5)) if estimator is None else estimator
         super().__init__(estimator=estimator, **kwargs)
         if estimator.partitioned:
             raise BilevelError(

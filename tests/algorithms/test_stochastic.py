@@ -30,6 +30,7 @@ from bilevel_lightning import (
     GradientDescent,
     Minibatches,
     StocBiO,
+    hypergradient,
     tree,
 )
 from bilevel_lightning.callbacks import SampleBudget
@@ -40,6 +41,7 @@ from bilevel_lightning.problem import bind
 from bilevel_lightning.schedules import InverseTime, Linear, Power
 
 N, M, DIM, UPPER = 40, 30, 5, 3
+ALL = {"lower": (torch.arange(N),), "upper": (torch.arange(M),)}
 
 
 class Sums(BilevelTask):
@@ -559,6 +561,10 @@ BAD = [
     (lambda: SOBA(warm_start=False), "SOBA steps y once in an iteration: it needs warm_start = True"),
     (lambda: FSLA(estimator=SAGA()), "FSLA: its direction has samples of both levels at once"),
     (lambda: AmIGO(task=Episodic()).configure_model(), "AmIGO: warm_start_linear goes on from the last v"),
+    (
+        lambda: hypergradient(Sums(), batch=ALL, method="BSGM", dynamics=Adam(0.1)),
+        "linear_lr must be given: Adam has no",
+    ),
     (lambda: MRBO(estimator=SAGA()), "MRBO: a Neumann series is no mean over samples"),
     (lambda: MRBO(linear_steps=0), "linear_steps must be a positive number"),
     (lambda: SARAH(0), "SARAH.period must be at least 1"),
@@ -581,7 +587,7 @@ def test_impossible_settings(make, message):
 
 def test_a_linear_step_size_is_not_taken_from_adam():
     module = prepared(BSGM, lower_steps=1, dynamics=Adam())
-    with pytest.raises(BilevelError, match="linear_lr must be given: Adam has no step size"):
+    with pytest.raises(BilevelError, match="linear_lr must be given: Adam has no step size that suits"):
         module.bilevel_step(*bound(module, None, None))
     given = prepared(BSGM, lower_steps=1, dynamics=Adam(), linear_lr=0.2)
     assert given.bilevel_step(*bound(given, None, None)).upper_grad["x"].isfinite().all()
