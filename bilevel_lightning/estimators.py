@@ -153,8 +153,8 @@ class STORM(_TwoPoints):
         A. Cutkosky, F. Orabona. Momentum-Based Variance Reduction in Non-Convex SGD. NeurIPS 2019.
     """
 
-    def __init__(self, eta: float | Schedule = Power(0.5, -2 / 3)) -> None:  # noqa: B008 (a value: it has no state)
-        self.eta = _weight("STORM.eta", eta)
+    def __init__(self, eta: float | Schedule | None = None) -> None:
+        self.eta = _weight("STORM.eta", Power(0.5, -2 / 3) if eta is None else eta)
 
     @override
     def restarts(self, k: int) -> bool:

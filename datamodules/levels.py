@@ -38,7 +38,7 @@ class TwoLevelData(LightningDataModule):
         seed: of the minibatches, and of what the subclass draws. Default 0.
 
     Raises:
-        BilevelError: if a size is impossible.
+        BilevelError: if a size is impossible, or ``upper_iterations`` would take minibatches several times.
     """
 
     def __init__(
@@ -75,6 +75,11 @@ class TwoLevelData(LightningDataModule):
         sources = []
         sizes = {"lower_batch_size": self.lower_batch_size, "upper_batch_size": self.upper_batch_size}
         for i, ((name, size), data) in enumerate(zip(sizes.items(), self.levels(), strict=True)):
+            if size is not None and getattr(module, "upper_iterations", 1) > 1:
+                raise BilevelError(
+                    f"model.upper_iterations would take the same minibatches several times: leave it or data.{name} "
+                    "out."
+                )
             if size is not None and size > len(data[0]):
                 raise BilevelError(
                     f"data.{name}={size} is more than the {len(data[0])} samples of its level; lower it."

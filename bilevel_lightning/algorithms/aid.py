@@ -27,12 +27,13 @@ class AID(BilevelModule):
 
     Args:
         linear_solver: one of `bilevel_lightning.linear_solvers`. Default conjugate gradient, 20 steps.
-        warm_start_linear: start the linear solver at the last iteration's v; one more product. Default False.
+        warm_start_linear: start the linear solver at the last iteration's v; one more product; y must persist. Default
+            False.
         **kwargs: settings of `BilevelModule`; ``lower_steps`` may be 0, where y is moved by other means.
 
     Raises:
         BilevelError: if dynamics has learnt settings, on which y* does not depend, or does not rest where g is least;
-            or if v is not finite.
+            or if v is not finite, or is to be warm-started where y does not persist.
 
     Warns:
         LinearSystemWarning: if the linear system is singular, indefinite or diverging, or f_y is zero.
@@ -65,6 +66,15 @@ class AID(BilevelModule):
                 f"{type(self.dynamics).__name__} mixes in the upper loss: use RHG, or GradientDescent as dynamics."
             )
         self.linear_solver, self.warm_start_linear = linear_solver, warm_start_linear
+
+    @override
+    def configure_model(self) -> None:
+        if self.warm_start_linear and not self.hooks.persistent_lower:
+            raise BilevelError(
+                f"{type(self).__name__}: warm_start_linear goes on from the last v, and this task solves y anew for "
+                "each episode: set warm_start_linear to False, or persistent_lower = True."
+            )
+        super().configure_model()
 
     @override
     def initial_state(self, x: Params, y: Params) -> dict[str, Params]:

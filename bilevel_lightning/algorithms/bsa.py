@@ -20,10 +20,10 @@ class BSA(StocBiO):
 
     Args:
         linear_steps: K, at least 1. Default 10, as in `StocBiO`.
-        **kwargs: settings of `StocBiO`.
+        **kwargs: settings of `StocBiO`; linear_lr a number, by default the first step size of ``dynamics``.
 
     Raises:
-        BilevelError: if v is to be warm-started, which a random term cannot be, or K is 0.
+        BilevelError: if v is to be warm-started, which a random term cannot be, or K is 0, or linear_lr is a schedule.
 
     References:
         S. Ghadimi, M. Wang. Approximation Methods for Bilevel Programming. 2018.
@@ -31,6 +31,10 @@ class BSA(StocBiO):
 
     def __init__(self, *, linear_steps: Count | None = 10, **kwargs: Any) -> None:
         super().__init__(linear_steps=linear_steps, **kwargs)
+        if isinstance(self.linear_lr, Schedule):
+            raise BilevelError(
+                f"{type(self).__name__} draws one term of a series of one step size: give linear_lr as a number."
+            )
         if self.warm_start_linear or linear_steps == 0 or self.linear_start == "rhs":
             raise BilevelError(
                 f"{type(self).__name__} draws one term of a series: leave warm_start_linear and linear_start out, and "

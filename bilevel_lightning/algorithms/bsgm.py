@@ -39,7 +39,7 @@ class BSGM(AID):
     Args:
         lower_steps: T, or a schedule over s, rounded up. Default 50.
         linear_steps: K, or a schedule. Default T.
-        cross_samples: J, or a schedule. Default K, or 1 where K is 0.
+        cross_samples: J, or a schedule; at least 1. Default K.
         linear_lr: rho, or a schedule over j. Default: the step size of ``dynamics``, with its schedule; 1 for a Phi.
         linear_start: ``step`` (default): v starts at rho_0 f_y, a step from zero. ``rhs``: at f_y itself, as in the
             released code where the lower level is stated by a loss, though its scale is then that of f_y.
@@ -80,6 +80,11 @@ class BSGM(AID):
                 raise BilevelError(f"{name} must be at least {least}, got {value}.")
         if linear_steps == 0 and warm_start_linear:
             raise BilevelError("linear_steps is 0 and warm_start_linear would keep v at zero: raise linear_steps.")
+        if lower_decay is not None and (self.dynamics.rest != "minimum" or self.dynamics.linear_step() is None):
+            raise BilevelError(
+                f"lower_decay scales the lower loss, and the steps of {type(self.dynamics).__name__} do not scale with "
+                "it: set lower_decay to None, or use GradientDescent, Momentum or their like as dynamics."
+            )
         for name, choice, choices in (
             ("linear_start", linear_start, ("step", "rhs")),
             ("order", order, ("sequential", "simultaneous")),
@@ -94,7 +99,7 @@ class BSGM(AID):
         """Returns T, K and J of upper iteration ``k``."""
         steps = _count(self.steps, k)
         linear = steps if self.linear_steps is None else _count(self.linear_steps, k)
-        return steps, linear, max(linear, 1) if self.cross_samples is None else _count(self.cross_samples, k)
+        return steps, linear, max(1, linear if self.cross_samples is None else _count(self.cross_samples, k))
 
     @override
     def minibatches(self, k: int) -> tuple[Draws, Draws]:
@@ -118,9 +123,10 @@ class BSGM(AID):
 
     @override
     def bilevel_step(self, problem: BilevelProblem, x: Params, y: Params) -> Step:
-        k, start = self.global_step, self.kept("v")
-        steps, linear, _ = self.numbers(k)
-        lower = problem if self.lower_decay is None else problem.blend(0.0, at(self.lower_decay, k))
+        start = self.kept("v")
+        steps, linear, _ = self.numbers(self.batches)  # of which `minibatches` prepared the data
+        decay = 1.0 if self.lower_decay is None else at(self.lower_decay, self.global_step)
+        lower = problem if self.lower_decay is None else problem.blend(0.0, decay)
         moved = self.solve_lower(lower, x, y, steps)
         at_once = self.order == "simultaneous"
         near = y if at_once else moved

@@ -126,7 +126,7 @@ class VRBO(MRBO):
 
     @override
     def bilevel_step(self, problem: BilevelProblem, x: Params, y: Params) -> Step:
-        k, memory, number = self.global_step, self.remembered(), self.linear_steps + 2
+        k, memory, number = self.batches, self.remembered(), self.linear_steps + 2
         restart = self.estimator.restarts(k)
         direction: Params = memory["direction"]
         for t in range(self.lower_steps if k else 0):
@@ -141,7 +141,5 @@ class VRBO(MRBO):
     def _estimate(
         self, problem: BilevelProblem, x: Params, y: Params, memory: Mapping[str, Params], restart: bool
     ) -> tuple[Params, dict[str, Params]]:
-        found, after = self.estimator.estimate(
-            [self.term(problem)], joined(x=x, y=y), memory, self.global_step, restart
-        )
+        found, after = self.estimator.estimate([self.term(problem)], joined(x=x, y=y), memory, self.batches, restart)
         return found, after  # type: ignore[return-value]  # no rows here

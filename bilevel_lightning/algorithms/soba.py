@@ -27,12 +27,14 @@ class Estimated(SingleLoop, ABC):
         **kwargs: settings of `SingleLoop`.
 
     Raises:
-        BilevelError: if the lower level has a fixed-point map, a projection or a proximal map, or if the estimator has
-            a memory and the task prepares batches, which then differ from iteration to iteration.
+        BilevelError: if warm_start is False; if the lower level has a fixed-point map, a projection or a proximal map;
+            or if the estimator has a memory and the task prepares batches, which then differ between iterations.
     """
 
     def __init__(self, *, estimator: Estimator, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        if not self.warm_start:
+            raise BilevelError(f"{type(self).__name__} steps y once in an iteration: it needs warm_start = True.")
         self.estimator, self.partitioned = estimator, estimator.partitioned
 
     @override
@@ -58,7 +60,7 @@ class Estimated(SingleLoop, ABC):
 
     def directions(self, terms: Sequence[Term], point: Params) -> tuple[Params, Memory]:
         """Returns the estimated directions, and the estimator's memory after them."""
-        k, estimator = self.global_step, self.estimator
+        k, estimator = self.batches, self.estimator
         return estimator.estimate(terms, point, self.remembered(), k, estimator.restarts(k))
 
     def remembered(self) -> dict[str, Params]:

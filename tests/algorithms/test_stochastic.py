@@ -26,6 +26,7 @@ from bilevel_lightning import (
     AmIGO,
     BilevelError,
     BilevelTask,
+    FixedPoint,
     GradientDescent,
     Minibatches,
     StocBiO,
@@ -37,7 +38,7 @@ from bilevel_lightning.datamodules import TwoLevelData
 from bilevel_lightning.estimators import SAGA, SARAH, STORM, MovingAverage, Plain
 from bilevel_lightning.hypergradients.implicit import LinearSystemWarning
 from bilevel_lightning.problem import bind
-from bilevel_lightning.schedules import InverseTime, Power
+from bilevel_lightning.schedules import InverseTime, Linear, Power
 
 N, M, DIM, UPPER = 40, 30, 5, 3
 ALL = {"lower": (torch.arange(N),), "upper": (torch.arange(M),)}
@@ -388,6 +389,23 @@ def test_saga_says_when_there_are_more_parts_than_memories():
         module.bilevel_step(problem, x, y)
 
 
+def test_fsla_moves_y_v_and_x_on_minibatches_of_their_own():
+    """On one shared minibatch g_xy and the new v would not be independent, and the direction of x biased."""
+    module = prepared(FSLA, lower_lr=0.2)
+    assert module.minibatches(0) == (3, [1])
+    task, v = module.task, torch.linspace(-1, 1, DIM, dtype=torch.float64)
+    module.states["v"].set({"y": v})
+    (i, j, n), (m,) = draws(3, 4), draws(1, 5, M)
+    problem, x, y = bound(module, [i, j, n], [m])
+    step = module.bilevel_step(problem, x, y)
+    y = y["y"] - 0.2 * (task.A[i].mean(0) @ y["y"] - task.B[i].mean(0) @ x["x"])
+    v = v - 0.2 * (task.A[j].mean(0) @ v - (y - task.c[m].mean(0)))
+    torch.testing.assert_close(step.lower["y"], y, rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(step.state["v"]["y"], v, rtol=1e-13, atol=1e-14)
+    want = task.rho * x["x"] + task.B[n].mean(0).T @ v
+    torch.testing.assert_close(step.upper_grad["x"], want, rtol=1e-13, atol=1e-14)
+
+
 # Convergence on minibatches.
 
 
@@ -433,6 +451,69 @@ def test_budget_ends_training_with_the_iteration_that_spends_it():
     assert fitted.global_step == 3
 
 
+@pytest.mark.parametrize(("algorithm", "settings"), [
+    (SRBA, {"estimator": SARAH(3)}),
+    (VRBO, {"estimator": SARAH(3), "lower_steps": 2}),
+    (BSGM, {"lower_steps": Power(1.0, 1.0)}),
+])  # fmt: skip
+def test_minibatches_are_those_prepared_also_where_hypergradients_are_gathered(algorithm, settings, monkeypatch):
+    """Batches are counted, not steps of x: an iteration finds as many minibatches as it takes, and restarts on all."""
+    found, restarts, step, estimate = [], [], algorithm.bilevel_step, SARAH.estimate
+
+    def estimated(self, terms, point, memory, k, restart):
+        restarts.append(restart)
+        return estimate(self, terms, point, memory, k, restart)
+
+    def watched(self, problem, x, y):
+        restarts.clear()
+        result = step(self, problem, x, y)
+        assert (problem._samples[0][0] == N) == any(restarts)
+        lower, upper = problem._samples
+        found.append((problem.counts["samples"], lower, upper))
+        return result
+
+    monkeypatch.setattr(algorithm, "bilevel_step", watched)
+    monkeypatch.setattr(SARAH, "estimate", estimated)
+    module = run(algorithm, 3, 4, 4, accumulate=2, **settings)[1]
+    assert len(found) == 6
+    for k, (touched, lower, upper) in enumerate(found):
+        assert (len(lower), len(upper)) == tuple(map(len, module.minibatches(k)))
+        if algorithm is BSGM:  # each sample of the lower level once, those of the upper one in f_x and f_y at once
+            assert touched == sum(lower) + sum(upper) == 4 * 4 * (k + 1)
+
+
+def test_vrbo_takes_fresh_minibatches_in_every_lower_step():
+    """An iteration on given minibatches, written out: every correction has its own, at both of its points."""
+    module = prepared(VRBO, lower_steps=2, linear_steps=2, linear_lr=0.2, lower_lr=0.1, estimator=SARAH(5))
+    task, x, y = module.task, module.task.upper.x.detach(), module.task.lower.y.detach()
+    lower, upper = draws(8, 3), draws(2, 4, M)
+    x0, y0 = x + 0.3, y - 0.2
+    d = {"y": torch.ones_like(y), "x": torch.ones_like(x)}
+    module.states["before"].set({"x/x": x0, "y/y": y0})
+    module.states["direction"].set({"x/x": d["x"], "y/y": d["y"]})
+
+    def phi(x, y, i, j):
+        f_y = y - task.c[j].mean(0)
+        v = 0.2 * f_y
+        for n in (1, 2):
+            v = v - 0.2 * (task.A[i[n]].mean(0) @ v - f_y)
+        return task.rho * x + task.B[i[3]].mean(0).T @ v, task.A[i[0]].mean(0) @ y - task.B[i[0]].mean(0) @ x
+
+    d_x, d_y, now = d["x"], d["y"], y
+    for t in range(2):
+        i, j = lower[4 * t : 4 * t + 4], upper[t]
+        new, old = phi(x, now, i, j), phi(x0, y0, i, j)
+        d_x, d_y = d_x + new[0] - old[0], d_y + new[1] - old[1]
+        x0, y0, now = x, now, now - 0.1 * d_y
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VRBO, "batches", 1)
+        assert module.minibatches(1) == ([1] * 8, [1] * 2)
+        problem, x, y = bound(module, lower, upper)
+        step = module.bilevel_step(problem, x, y)
+    torch.testing.assert_close(step.upper_grad["x"], d_x, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(step.lower["y"], now, rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize("algorithm", [SABA, MRBO, VRBO, AmIGO])
 def test_a_resumed_run_goes_on_to_the_bit(algorithm, tmp_path):
     def start():
@@ -458,6 +539,10 @@ class Projected(Sums):
         return lower
 
 
+class Episodic(Sums):
+    persistent_lower = False
+
+
 class Prepared(Sums):
     def prepare(self, batch):
         return batch
@@ -470,6 +555,12 @@ BAD = [
     (lambda: BSGM(order="jacobi"), "order must be sequential or simultaneous, got jacobi"),
     (lambda: BSGM(linear_start="zero"), "linear_start must be step or rhs, got zero"),
     (lambda: BSA(warm_start_linear=True), "BSA draws one term of a series"),
+    (lambda: BSA(linear_lr=Power(0.1, -0.5)), "give linear_lr as a number"),
+    (lambda: TTSA(dynamics=Adam()), "lower_decay scales the lower loss, and the steps of Adam do not"),
+    (lambda: BSGM(dynamics=FixedPoint(), lower_decay=Power(1.0, -0.5)), "the steps of FixedPoint do not"),
+    (lambda: SOBA(warm_start=False), "SOBA steps y once in an iteration: it needs warm_start = True"),
+    (lambda: FSLA(estimator=SAGA()), "FSLA: its direction has samples of both levels at once"),
+    (lambda: AmIGO(task=Episodic()).configure_model(), "AmIGO: warm_start_linear goes on from the last v"),
     (
         lambda: hypergradient(Sums(), batch=ALL, method="BSGM", dynamics=Adam(0.1)),
         "linear_lr must be given: Adam has no",
@@ -492,6 +583,24 @@ BAD = [
 def test_impossible_settings(make, message):
     with pytest.raises(BilevelError, match=message):
         make()
+
+
+def test_a_linear_step_size_is_not_taken_from_adam():
+    module = prepared(BSGM, lower_steps=1, dynamics=Adam())
+    with pytest.raises(BilevelError, match="linear_lr must be given: Adam has no step size that suits"):
+        module.bilevel_step(*bound(module, None, None))
+    given = prepared(BSGM, lower_steps=1, dynamics=Adam(), linear_lr=0.2)
+    assert given.bilevel_step(*bound(given, None, None)).upper_grad["x"].isfinite().all()
+
+
+def test_minibatches_are_not_taken_for_several_iterations():
+    with pytest.raises(BilevelError, match=r"same minibatches several times: leave it or data.lower_batch_size out"):
+        run(StocBiO, 4, 5, None, upper_iterations=2)
+
+
+def test_a_scheduled_number_of_cross_samples_is_at_least_one():
+    module = prepared(BSGM, lower_steps=2, cross_samples=Linear(0, 3, 3))
+    assert [module.minibatches(k)[0][-1] for k in range(4)] == [1, 1, 2, 3]
 
 
 def test_directions_of_soba_are_derivatives():
