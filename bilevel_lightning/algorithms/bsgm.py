@@ -110,8 +110,14 @@ class BSGM(AID):
         return FixedPointIteration(steps + (not warm), tol=0.0, lr=self._linear_lr(problem), first=first)
 
     def _linear_lr(self, problem: BilevelProblem) -> float | Schedule | None:
-        of_map = problem.constrained or self.dynamics.rest != "minimum"
-        return getattr(self.dynamics, "lr", None) if self.linear_lr is None and not of_map else self.linear_lr
+        if self.linear_lr is not None or problem.constrained or self.dynamics.rest != "minimum":
+            return self.linear_lr
+        step = self.dynamics.linear_step()
+        if step is None:
+            raise BilevelError(
+                f"linear_lr must be given: {type(self.dynamics).__name__} has no step size that suits a linear system."
+            )
+        return getattr(self.dynamics, "lr", step)
 
     @override
     def bilevel_step(self, problem: BilevelProblem, x: Params, y: Params) -> Step:

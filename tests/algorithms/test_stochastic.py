@@ -22,12 +22,14 @@ from bilevel_lightning import (
     SUSTAIN,
     TTSA,
     VRBO,
+    Adam,
     AmIGO,
     BilevelError,
     BilevelTask,
     GradientDescent,
     Minibatches,
     StocBiO,
+    hypergradient,
     tree,
 )
 from bilevel_lightning.callbacks import SampleBudget
@@ -38,6 +40,7 @@ from bilevel_lightning.problem import bind
 from bilevel_lightning.schedules import InverseTime, Power
 
 N, M, DIM, UPPER = 40, 30, 5, 3
+ALL = {"lower": (torch.arange(N),), "upper": (torch.arange(M),)}
 
 
 class Sums(BilevelTask):
@@ -467,6 +470,10 @@ BAD = [
     (lambda: BSGM(order="jacobi"), "order must be sequential or simultaneous, got jacobi"),
     (lambda: BSGM(linear_start="zero"), "linear_start must be step or rhs, got zero"),
     (lambda: BSA(warm_start_linear=True), "BSA draws one term of a series"),
+    (
+        lambda: hypergradient(Sums(), batch=ALL, method="BSGM", dynamics=Adam(0.1)),
+        "linear_lr must be given: Adam has no",
+    ),
     (lambda: MRBO(estimator=SAGA()), "MRBO: a Neumann series is no mean over samples"),
     (lambda: MRBO(linear_steps=0), "linear_steps must be a positive number"),
     (lambda: SARAH(0), "SARAH.period must be at least 1"),
