@@ -798,7 +798,7 @@ class RidgeSine(FewShotRegression):
     def __init__(self, stored):
         torch.manual_seed(0)
         network = RegressionMLP(hidden=(8,))
-        super().__init__(nn.Sequential(*network[:-1]).double(), network[-1].double(), stored_heads=stored, **RIDGE)
+        super().__init__(nn.Sequential(*[*network][:-1]).double(), network[-1].double(), stored_heads=stored, **RIDGE)
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
@@ -815,7 +815,7 @@ def test_stored_heads_of_a_fixed_set_of_tasks_resume(tmp_path):
         return module.state_dict()
 
     plain = run(tmp_path)
-    resumed = run(tmp_path / "again", tmp_path / "step=3.ckpt")
+    resumed = run(tmp_path, tmp_path / "step=3.ckpt")
     assert all(torch.equal(t, resumed[name]) for name, t in plain.items())
     heads = plain["task.stored.weight"]
     assert len({tuple(row.flatten().tolist()) for row in heads}) == 6
