@@ -31,6 +31,11 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Returns the number of this process."""
+    return dist.get_rank() if processes() > 1 else 0
+
+
 def mean_over_processes(tree: Params, weight: int | None = None) -> Params:
     """Returns the average over all processes, with one collective per data type; differentiable.
 

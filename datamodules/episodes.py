@@ -1,7 +1,7 @@
 """Few-shot learning: batches of episodes, each a function of the seed, the split and the episode's number."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -43,7 +43,7 @@ class Episodes(ABC):
     def episode(self, rng: np.random.Generator) -> Episode:
         """Returns one episode, drawn with ``rng`` alone."""
 
-    def batch(self, numbers: range) -> dict[str, tuple[Tensor, Tensor]]:
+    def batch(self, numbers: Sequence[int]) -> dict[str, tuple[Tensor, Tensor]]:
         """Returns the episodes of these numbers, stacked."""
         drawn = [self.episode(np.random.default_rng([self.seed, self.split, number])) for number in numbers]
         x_s, y_s, x_q, y_q = (np.stack(part) for part in zip(*drawn, strict=True))
@@ -73,10 +73,14 @@ def share(b: int, size: int, rank: int, world: int, total: int | None = None) ->
 
 
 def numbered_batch(
-    episodes: Episodes, size: int, rank: int, world: int, total: int | None, b: int
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Returns batch ``b`` of a process."""
-    return episodes.batch(share(b, size, rank, world, total))
+    episodes: Episodes, size: int, rank: int, world: int, total: int | None, tasks: int | None, b: int
+) -> dict[str, Any]:
+    """Returns batch ``b`` of a process; with ``tasks``, of so many episodes visited again, and their numbers."""
+    numbers = share(b, size, rank, world, total)
+    if tasks is None:
+        return episodes.batch(numbers)
+    again = [n % tasks for n in numbers]
+    return {**episodes.batch(again), "episode": torch.tensor(again)}
 
 
 class EpisodicDataModule(LightningDataModule, ABC):
@@ -106,6 +110,9 @@ class EpisodicDataModule(LightningDataModule, ABC):
         num_workers: processes that make batches ahead. Default 0: batches are gathered from memory in far less time
             than a step takes (``docs/few_shot_data.md``).
         seed: of the episodes. Default 0.
+        train_episodes: number N of training episodes that are visited again and again, in order, a multiple of the
+            episodes of a batch on all processes. Training batches then hold their numbers 0 to N - 1 too, ``"episode"``
+            of shape ``(E,)``. None (default): each episode is drawn once, without end.
 
     Attributes:
         image_shape: shape of one sample, ``(channels, height, width)`` for images.
@@ -131,6 +138,7 @@ class EpisodicDataModule(LightningDataModule, ABC):
         test_episodes: int = 600,
         num_workers: int = 0,
         seed: int = 0,
+        train_episodes: int | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -138,12 +146,14 @@ class EpisodicDataModule(LightningDataModule, ABC):
         self.ways, self.shots, self.queries = ways, shots, queries
         self.episodes_per_batch, self.epoch_length = episodes_per_batch, epoch_length
         self.val_episodes, self.test_episodes = val_episodes, test_episodes
-        self.num_workers, self.seed = num_workers, seed
+        self.num_workers, self.seed, self.train_episodes = num_workers, seed, train_episodes
         self.episodes: dict[Split, Episodes] = {}
         self._loaders: list[Iterations] = []
         for name in ("ways", "shots", "queries", "episodes_per_batch", "epoch_length", "val_episodes", "test_episodes"):
             if getattr(self, name) < 1:
                 raise BilevelError(f"data.{name} must be at least 1, got {getattr(self, name)}.")
+        if train_episodes is not None and train_episodes < 1:
+            raise BilevelError(f"data.train_episodes must be at least 1, got {train_episodes}; or leave it out.")
         for name in ("num_workers", "seed"):
             if getattr(self, name) < 0:
                 raise BilevelError(f"data.{name} must not be negative, got {getattr(self, name)}.")
@@ -155,6 +165,12 @@ class EpisodicDataModule(LightningDataModule, ABC):
     @override
     def setup(self, stage: str | None = None) -> None:
         _, world = self._process()
+        size = self.episodes_per_batch * world
+        if "train" in needed(stage) and (self.train_episodes or 0) % size:
+            raise BilevelError(
+                f"data.train_episodes={self.train_episodes} must be a multiple of the {size} episodes of a batch on "
+                "all processes: change it or data.episodes_per_batch."
+            )
         for split in needed(stage):
             total = 0 if split == "train" else getattr(self, f"{split}_episodes")
             if total % world:
@@ -170,7 +186,8 @@ class EpisodicDataModule(LightningDataModule, ABC):
 
     def _loader(self, split: Split, total: int | None = None) -> Iterations:
         (rank, world), size = self._process(), self.episodes_per_batch
-        batch: Callable[[int], Any] = partial(numbered_batch, self.episodes[split], size, rank, world, total)
+        tasks = self.train_episodes if split == "train" else None
+        batch: Callable[[int], Any] = partial(numbered_batch, self.episodes[split], size, rank, world, total, tasks)
         if total is None:
             loader = Iterations(batch, self.epoch_length, self.trainer, self.num_workers)
         else:

@@ -29,6 +29,8 @@ class BSA(StocBiO):
         S. Ghadimi, M. Wang. Approximation Methods for Bilevel Programming. 2018.
     """
 
+    side_by_side = False  # each episode draws a p of its own
+
     def __init__(self, *, linear_steps: Count | None = 10, **kwargs: Any) -> None:
         super().__init__(linear_steps=linear_steps, **kwargs)
         if isinstance(self.linear_lr, Schedule):

@@ -34,7 +34,8 @@ class BSGM(AID):
     Where y is a fixed point of Phi, or constrained, g_yy is I - Phi_y^T and -g_xy is Phi_x^T. The samples touched in an
     iteration are b (T + K + J) of the lower level, in batches of b, and those of f.
 
-    Where v diverges, the iteration falls back to K = 0 with a warning: v = rho_0 f_y.
+    Where v diverges, the iteration falls back to K = 0 with a warning: v = rho_0 f_y; of episodes that are solved side
+    by side all do, and ``train/residual`` is that of their linear systems as one.
 
     Args:
         lower_steps: T, or a schedule over s, rounded up. Default 50.
@@ -57,6 +58,8 @@ class BSGM(AID):
         R. Grazzi, M. Pontil, S. Salzo. Bilevel Optimization with a Lower-level Contraction: Optimal Sample Complexity
         without Warm-Start. JMLR 2023.
     """
+
+    side_by_side = True
 
     def __init__(
         self,

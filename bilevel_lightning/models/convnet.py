@@ -21,6 +21,8 @@ class ConvNetBody(nn.Sequential):
       init="he"``; 28 896 parameters, features 32x5x5.
     * IAPTT-GM, hypertorch on Omniglot: ``width=64, norm="transductive", order="relu_pool_norm"``; 64 features
       (hypertorch: ``init="he"``).
+    * BioptExps on MiniImageNet: as the first with ``order="relu_pool_norm", tanh=True``; bounded features bound the
+      curvature of a softmax head on them.
     * MAML on MiniImageNet: as the first with ``order="norm_relu_pool", init="xavier"``.
     * MAML on Omniglot: ``width=64, norm="transductive", pooling="stride", mean=True, init="xavier"``; 64 features.
 
@@ -35,6 +37,7 @@ class ConvNetBody(nn.Sequential):
         pooling: ``max`` (default), which drops the last of an odd number of rows, or ``stride``, convolutions of
             stride 2, which keep it.
         mean: whether the features are means over space. Default False.
+        tanh: whether the features pass through a hyperbolic tangent. Default False.
         init: initial weights, see `initialize`. Default ``torch``.
 
     Attributes:
@@ -65,6 +68,7 @@ class ConvNetBody(nn.Sequential):
         order: Order = "norm_relu_pool",
         pooling: Pooling = "max",
         mean: bool = False,
+        tanh: bool = False,
         init: Init = "torch",
     ) -> None:
         name = type(self).__name__
@@ -89,7 +93,9 @@ class ConvNetBody(nn.Sequential):
             layers.append(nn.Conv2d(width if i else channels, width, 3, stride=2 if strided else 1, padding=1))
             layers += [parts[part] for part in order.split("_")]
             height, columns = (height + strided) // 2, (columns + strided) // 2
-        super().__init__(*layers, *([nn.AdaptiveAvgPool2d(1)] if mean else []), nn.Flatten())
+        super().__init__(
+            *layers, *([nn.AdaptiveAvgPool2d(1)] if mean else []), nn.Flatten(), *([nn.Tanh()] if tanh else [])
+        )
         initialize(self, init)
         self.shape = (width, 1, 1) if mean else (width, height, columns)
         self.features = self.shape[0] * self.shape[1] * self.shape[2]

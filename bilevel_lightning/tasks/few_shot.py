@@ -12,9 +12,11 @@ from typing_extensions import override
 
 from bilevel_lightning import tree
 from bilevel_lightning.callbacks.few_shot import AdaptationCurve, EpisodeFigure, FewShotReport, RegressionFigure
+from bilevel_lightning.distributed import gather, processes, rank
 from bilevel_lightning.errors import BilevelError
 from bilevel_lightning.models import PerStepBatchNorm2d
 from bilevel_lightning.problem import split
+from bilevel_lightning.state import Row, State
 from bilevel_lightning.task import BilevelTask
 from bilevel_lightning.tree import Params
 
@@ -41,6 +43,14 @@ class FewShot(BilevelTask):
     are ``{"support": (images, labels), "query": (images, labels)}``, torchmeta's ``train`` and ``test`` too, whose
     tensors have a leading episode dimension. Reported is ``accuracy`` on the queries, and ``accuracy_before`` adapting.
 
+    With ``stored_heads`` = N, solved heads are kept, in the checkpoint, and training starts from them: episode number n
+    at head n mod N. The numbers are those of the batch's ``"episode"``, or else of the places in the batch of all
+    processes. Evaluations always start from the head as it was made. So the warm starts of the literature are:
+
+    * none: N = 0.
+    * naive, the last batch's heads for other tasks: N = episodes of a batch, on all processes.
+    * full, each task its own: N = the data's ``train_episodes``.
+
     Args:
         body: network from images to features; with ``head: null`` the whole network, from images to logits.
         head: network from features to logits.
@@ -52,6 +62,8 @@ class FewShot(BilevelTask):
         regularization: its factor. Default 0.25, as ``exponent`` and ``epsilon`` that of IAPTT-GM's code.
         exponent: of ``p_norm``. Default 0.5.
         epsilon: of ``p_norm``. Default 0.1.
+        stored_heads: number N of heads that are kept; for ``start`` fixed, and algorithms that learn no start of y.
+            0 (default): none.
 
     Raises:
         BilevelError: if the settings contradict each other, or the data do not fit the network.
@@ -62,6 +74,8 @@ class FewShot(BilevelTask):
         and Meta-Learning. ICML 2018.
         R. Liu, Y. Liu, S. Zeng, J. Zhang. Towards Gradient-based Bilevel Optimization with Non-convex Followers and
         Beyond. NeurIPS 2021 (the regularisers).
+        R. Grazzi, M. Pontil, S. Salzo. Bilevel Optimization with a Lower-level Contraction: Optimal Sample Complexity
+        without Warm-Start. JMLR 2023 (the warm starts).
     """
 
     persistent_lower = False
@@ -77,6 +91,7 @@ class FewShot(BilevelTask):
         regularization: float = 0.25,
         exponent: float = 0.5,
         epsilon: float = 0.1,
+        stored_heads: int = 0,
     ) -> None:
         super().__init__()
         for name, value, choices in (
@@ -96,6 +111,13 @@ class FewShot(BilevelTask):
             )
         if regularization < 0:
             raise BilevelError(f"{type(self).__name__}.regularization must not be negative, got {regularization}.")
+        if stored_heads < 0:
+            raise BilevelError(f"{type(self).__name__}.stored_heads must not be negative, got {stored_heads}.")
+        if stored_heads and start != "fixed":
+            raise BilevelError(
+                f"{type(self).__name__}.stored_heads would replace the start that is learned: set start to 'fixed', or "
+                "leave stored_heads out."
+            )
         parts = nn.ModuleDict({"body": body} if head is None else {"body": body, "head": head})
         self.adapt, self.start = adapt, start
         self.lower: nn.Module
@@ -108,6 +130,8 @@ class FewShot(BilevelTask):
         self.regularizer, self.regularization = regularizer, regularization
         self.exponent, self.epsilon = exponent, epsilon
         self.adapted = [*tree.of(self.lower)]  # not frozen
+        self.stored_heads = stored_heads
+        self.stored = State(tree.repeat(tree.of(self.lower), stored_heads)) if stored_heads else None
 
     @override
     def initial_lower(self, upper: Params) -> Params:
@@ -117,9 +141,37 @@ class FewShot(BilevelTask):
         return {name: upper[prefix + name] for name in self.adapted}
 
     @override
-    def episodes(self, batch: dict[str, Part]) -> list[dict[str, Part]]:
-        number = len(split(batch)[0][0])
-        return [{key: (part[0][i], part[1][i]) for key, part in batch.items()} for i in range(number)]
+    def episode_lower(self, upper: Params, episode: dict[str, Any]) -> Params:
+        if self.stored is None or not self.training:
+            return self.initial_lower(upper)
+        return {name: t[episode["episode"]] for name, t in self.stored.get().items()}
+
+    @override
+    def keep_lower(self, episode: dict[str, Any], lower: Params) -> None:
+        if self.stored is None:
+            return
+        heads = {name: gather(t.detach()[None]) for name, t in lower.items()}
+        for i, number in enumerate(gather(episode["episode"][None]).tolist()):
+            self.stored.set(Row(number, {name: t[i] for name, t in heads.items()}))
+
+    @override
+    def episodes(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
+        labels = split(batch)[0][1]
+        number = len(labels)
+        parts: dict[str, Part] = {key: part for key, part in batch.items() if key != "episode"}
+        found: list[dict[str, Any]] = [
+            {key: (part[0][i], part[1][i]) for key, part in parts.items()} for i in range(number)
+        ]
+        if self.stored is not None and self.training:
+            if number * processes() > self.stored_heads:
+                raise BilevelError(
+                    f"{type(self).__name__}.stored_heads={self.stored_heads} is less than the {number * processes()} "
+                    "episodes of a batch on all processes: raise it to that number."
+                )
+            places = rank() * number + torch.arange(number, device=labels.device)
+            for episode, row in zip(found, batch.get("episode", places) % self.stored_heads, strict=True):
+                episode["episode"] = row
+        return found
 
     @override
     def at_lower_step(self, t: int) -> None:
@@ -128,10 +180,11 @@ class FewShot(BilevelTask):
                 layer.lower_step = t
 
     @override
-    def prepare(self, batch: dict[str, Part]) -> dict[str, Part]:
+    def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
         if self.adapt == "all":
             return batch
-        return {key: (self.upper.get_submodule("body")(images), labels) for key, (images, labels) in batch.items()}
+        body = self.upper.get_submodule("body")
+        return {key: part if key == "episode" else (body(part[0]), part[1]) for key, part in batch.items()}
 
     def output(self, inputs: Tensor) -> Tensor:
         """Returns what y gives for images, or for features where only the head is adapted."""
@@ -193,6 +246,7 @@ class FewShot(BilevelTask):
     @override
     def check_data(self, datamodule: LightningDataModule) -> None:
         data: Any = datamodule
+        self._check_stored(data)
         ways, shape = getattr(data, "ways", None), getattr(data, "image_shape", None)
         if ways is None or shape is None:
             return
@@ -213,6 +267,17 @@ class FewShot(BilevelTask):
             raise BilevelError(
                 f"The network returns shape {tuple(out.shape[1:])} for an image and the data have {ways} ways: set "
                 "data.ways and the head's ways to the same number."
+            )
+
+    def _check_stored(self, data: Any) -> None:
+        size = getattr(data, "episodes_per_batch", None)
+        if not self.stored_heads or size is None:
+            return
+        batch, tasks = size * processes(), getattr(data, "train_episodes", None)
+        if self.stored_heads not in (batch, tasks):
+            raise BilevelError(
+                f"The task stores {self.stored_heads} heads, which fits neither the {batch} episodes of a batch on all "
+                f"processes nor data.train_episodes={tasks}: set task.stored_heads to one of them, or to 0 for none."
             )
 
     def outputs(self, ways: int) -> int:

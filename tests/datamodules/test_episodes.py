@@ -202,6 +202,29 @@ def test_shares_cover_what_one_process_sees(monkeypatch):
     assert [len(batch["query"][1]) for batch in united] == [4, 4, 2]
 
 
+def test_a_fixed_set_of_training_episodes(monkeypatch):
+    """Visited again and again, with their numbers, over one process or two; evaluations have no numbers."""
+    endless = list(ready(Numbered(epoch_length=5)).train_dataloader())
+    data = ready(Numbered(epoch_length=5, train_episodes=4))
+    again = list(data.train_dataloader())
+    assert [batch["episode"].tolist() for batch in again] == [[0, 1], [2, 3]] * 2 + [[0, 1]]
+    assert equal(again, [endless[b % 2] for b in range(5)])
+    assert all("episode" not in batch for batch in [*endless, *data.val_dataloader(), *data.test_dataloader()])
+    halves = [
+        list(ready(as_process(monkeypatch, Numbered(train_episodes=4, episodes_per_batch=1), r, 2)).train_dataloader())
+        for r in (0, 1)
+    ]
+    numbers = [[int(n) for half in halves for n in half[b]["episode"]] for b in range(5)]
+    assert numbers == [batch["episode"].tolist() for batch in again]
+
+
+def test_training_episodes_that_batches_do_not_divide(monkeypatch):
+    data = as_process(monkeypatch, Numbered(train_episodes=6), 0, 2)
+    with pytest.raises(BilevelError, match="data.train_episodes=6 must be a multiple of the 4 episodes of a batch"):
+        data.setup("fit")
+    data.setup("test")
+
+
 @pytest.mark.parametrize("size", [1, 3, 4])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_every_evaluation_episode_once(size, world):
@@ -303,6 +326,7 @@ def test_episodes_go_to_a_process_that_shares_no_memory(tmp_path):
         ({"test_episodes": 0}, "data.test_episodes must be at least 1"),
         ({"num_workers": -1}, "data.num_workers must not be negative, got -1"),
         ({"seed": -2}, "data.seed must not be negative, got -2"),
+        ({"train_episodes": 0}, "data.train_episodes must be at least 1, got 0"),
     ],
 )
 def test_impossible_settings(settings, message):

@@ -124,6 +124,15 @@ def test_strided_network_of_maml_by_hand():
     torch.testing.assert_close(net(x), maps.mean((2, 3)), rtol=0, atol=1e-12)
 
 
+def test_bounded_features():
+    net = ConvNetBody(image_shape=(3, 84, 84), norm="transductive", order="relu_pool_norm", tanh=True)
+    assert (count(net), net.features) == (28_896, 800)  # of BioptExps
+    x = images(4, 3, 84, 84, dtype=torch.float32)
+    plain = first(net, -1)(x).detach()
+    assert float(plain.abs().max()) > 1
+    torch.testing.assert_close(net(x).detach(), plain.tanh(), rtol=0, atol=0)
+
+
 def test_convnet_is_its_body_and_a_linear_layer():
     for options in ({}, {"norm": "transductive", "pooling": "stride", "order": "pool_norm_relu"}):
         net, body = ConvNet(classes=3, width=16, **options), ConvNetBody(width=16, **options)

@@ -32,6 +32,7 @@ from torch.nn.functional import cross_entropy
 from bilevel_lightning import (
     ANIL,
     BDA,
+    BSGM,
     FOMAML,
     IAPTTGM,
     IMAML,
@@ -160,6 +161,8 @@ def test_p_norm_at_a_head_of_zeros():
         ({"start": "fixed", "regularizer": "distance"}, "start 'fixed' leaves nothing to learn"),
         ({"head": None, "start": "fixed"}, "start 'fixed' leaves nothing to learn"),
         ({"regularization": -0.1}, "FewShot.regularization must not be negative, got -0.1"),
+        ({"stored_heads": -1, "start": "fixed"}, "FewShot.stored_heads must not be negative, got -1"),
+        ({"stored_heads": 2}, "FewShot.stored_heads would replace the start that is learned"),
     ],
 )
 def test_impossible_settings(settings, message):
@@ -658,3 +661,161 @@ def test_tasks_that_remember_their_heads(at_once):
         for name, value in want.items():
             torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-14)
     assert not torch.equal(own.heads[0]["weight"], own.heads[1]["weight"])
+
+
+# Ridge softmax heads: implicit hypergradients, side by side, and warm starts.
+RIDGE = {"start": "fixed", "regularizer": "ridge", "regularization": 0.05}
+
+
+def ridge(at_once=None, stored=0, steps=4, lr=0.2, norm="transductive", **settings):
+    part = body(norm, tanh=True)
+    own = FewShot(part, head(part.features, init="zero"), stored_heads=stored, **RIDGE)
+    dynamics = GradientDescent(lr)
+    return BSGM(
+        task=own, dynamics=dynamics, lower_steps=steps, episodes_at_once=at_once, upper_optimizer=sgd(0.5), **settings
+    )
+
+
+def test_implicit_hypergradient_of_ridge_heads_is_that_of_the_solved_heads():
+    """Against differentiating through all steps of a lower level that is solved to rounding."""
+    batch, found = images(2), ridge(steps=160, lr=0.5)
+    unrolled = RHG(task=ridge().task, dynamics=GradientDescent(0.5), lower_steps=160)
+    found.task.regularization = unrolled.task.regularization = 0.5
+    close(gradient(found, batch), gradient(unrolled, batch))
+
+
+@pytest.mark.parametrize("stored", [0, 5, 10])
+@pytest.mark.parametrize("at_once", [2, 3, 5])
+def test_implicit_results_do_not_depend_on_the_chunk(at_once, stored):
+    batches = [{**images(5, seed=i), "episode": torch.arange(5) + 5 * (i % 2)} for i in range(3)]
+    chunked, single = ridge(at_once, stored), ridge(1, stored)
+    found, want = (train(module, batches)[0] for module in (chunked, single))
+    for a, b in zip(found.gradients, want.gradients, strict=True):
+        close(a, b)
+    for a, b in zip(found.logs, want.logs, strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"train/residual"}:  # that of a chunk is of its linear systems as one
+            torch.testing.assert_close(a[name], b[name], rtol=1e-10, atol=1e-12)
+    want = single.state_dict()
+    for name, value in chunked.state_dict().items():
+        torch.testing.assert_close(value, want[name], rtol=1e-10, atol=1e-12)
+    assert torch.equal(chunked.oracles, single.oracles)
+
+
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_hypergradient_of_a_batch_is_the_mean_of_its_episodes(at_once):
+    batch = images(4)
+    ones = [{key: (x[i : i + 1], y[i : i + 1]) for key, (x, y) in batch.items()} for i in range(4)]
+    singles = [gradient(ridge(), one) for one in ones]
+    assert max(float((a - b).abs().max()) for a, b in zip(singles[0].values(), singles[1].values(), strict=True)) > 1e-3
+    close(gradient(ridge(at_once), batch), tree.mean(singles, [1] * 4))
+
+
+def heads_by_hand(batches, rows, number, steps=4, lr=0.2):
+    """The stored heads after descent from them, at the weights that x keeps."""
+    part = body(tanh=True)
+    heads = [tree.detach(tree.of(head(part.features, init="zero")))] * number
+    for batch, numbers in zip(batches, rows, strict=True):
+        for row, x, labels in zip(numbers, *batch["support"], strict=True):
+            features, y = part(x).detach(), heads[row]
+            for _ in range(steps):
+                y = {name: t.requires_grad_() for name, t in y.items()}
+                loss = cross_entropy(nn.functional.linear(features, y["weight"], y["bias"]), labels)
+                loss = loss + 0.05 * sum(t.square().sum() for t in y.values())
+                slopes = torch.autograd.grad(loss, [*y.values()])
+                y = {name: (t - lr * g).detach() for (name, t), g in zip(y.items(), slopes, strict=True)}
+            heads[row] = y
+    return heads
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+@pytest.mark.parametrize("start", ["naive", "full"])
+def test_heads_start_where_those_of_the_place_or_of_the_task_ended(start, at_once):
+    """Six tasks in batches of three, twice: the naive start is another task's head, the full one the task's own."""
+    tasks = [{**images(3, seed=i), "episode": torch.arange(3 * i, 3 * i + 3)} for i in range(2)]
+    batches, full = [*tasks, tasks[0]], [[0, 1, 2], [3, 4, 5], [0, 1, 2]]
+    number, rows = (3, [[0, 1, 2]] * 3) if start == "naive" else (6, full)
+    module = ridge(at_once, number)
+    module.upper_optimizer = sgd(0.0)
+    train(module, batches)
+    want = heads_by_hand(batches, rows, number)
+    for name, t in module.task.stored.get().items():
+        torch.testing.assert_close(t, torch.stack([y[name] for y in want]), rtol=1e-12, atol=1e-14)
+    assert {"task.stored.weight", "task.stored.bias"} <= set(module.state_dict())
+    fresh, numbered = ridge(at_once, number), [{key: b[key] for key in ("support", "query")} for b in batches]
+    fresh.upper_optimizer = sgd(0.0)
+    train(fresh, numbered)  # without numbers: those of the places
+    same = torch.equal(fresh.task.stored.get()["weight"], module.task.stored.get()["weight"])
+    assert same == (start == "naive")
+
+
+def test_evaluations_start_from_the_head_as_it_was_made():
+    warm, cold = ridge(stored=2), ridge()
+    train(warm, [images(2), images(2, 1)])
+    tree.assign(cold.task.upper, tree.of(warm.task.upper))
+    assert float(warm.task.stored.get()["weight"].abs().max()) > 1e-2
+    records = [Record(module) for module in (warm, cold)]
+    for module in (warm, cold):
+        trainer(1).validate(module, Given([images(3, 7)]), verbose=False)
+    for found, want in zip(records[0].evaluated, records[1].evaluated, strict=True):
+        assert all(torch.equal(found[name], t) for name, t in want.items())
+
+
+def test_rows_of_processes_are_their_own(monkeypatch):
+    own = ridge(stored=6).task
+    monkeypatch.setattr("bilevel_lightning.tasks.few_shot.processes", lambda: 2)
+    monkeypatch.setattr("bilevel_lightning.tasks.few_shot.rank", lambda: 1)
+    assert [int(part["episode"]) for part in own.episodes(images(3))] == [3, 4, 5]
+    own.eval()
+    assert all("episode" not in part for part in own.episodes(images(3)))
+
+
+def test_more_episodes_than_stored_heads():
+    with pytest.raises(BilevelError, match="FewShot.stored_heads=2 is less than the 3 episodes of a batch"):
+        train(ridge(stored=2), [images(3)])
+
+
+class Stored(LightningDataModule):
+    def __init__(self, train_episodes):
+        super().__init__()
+        self.episodes_per_batch, self.train_episodes = 4, train_episodes
+
+
+@pytest.mark.parametrize(("stored", "tasks"), [(0, None), (4, None), (4, 8), (8, 8), (0, 8)])
+def test_stored_heads_that_fit_the_data(stored, tasks):
+    ridge(stored=stored).task.check_data(Stored(tasks))
+
+
+@pytest.mark.parametrize(("stored", "tasks"), [(8, None), (12, 8)])
+def test_stored_heads_that_do_not_fit_the_data(stored, tasks):
+    with pytest.raises(
+        BilevelError, match=f"stores {stored} heads.*4 episodes.*train_episodes={tasks}: set task.store"
+    ):
+        ridge(stored=stored).task.check_data(Stored(tasks))
+
+
+class RidgeSine(FewShotRegression):
+    def __init__(self, stored):
+        torch.manual_seed(0)
+        network = RegressionMLP(hidden=(8,))
+        super().__init__(nn.Sequential(*[*network][:-1]).double(), network[-1].double(), stored_heads=stored, **RIDGE)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_stored_heads_of_a_fixed_set_of_tasks_resume(tmp_path):
+    """Two passes over six waves; resumed in the middle, from the checkpoint's heads."""
+
+    def run(folder, resume=None):
+        module = BSGM(task=RidgeSine(6), lower_steps=3, dynamics=GradientDescent(0.05), upper_optimizer=sgd(0.01))
+        data = Sinusoid(shots=4, queries=5, episodes_per_batch=3, epoch_length=2, val_episodes=2, train_episodes=6)
+        save = ModelCheckpoint(dirpath=folder, every_n_train_steps=3, save_top_k=-1, filename="{step}")
+        trainer(4, callbacks=[save], enable_checkpointing=True).fit(
+            module, datamodule=data, ckpt_path=resume, weights_only=True
+        )
+        return module.state_dict()
+
+    plain = run(tmp_path)
+    resumed = run(tmp_path, tmp_path / "step=3.ckpt")
+    assert all(torch.equal(t, resumed[name]) for name, t in plain.items())
+    heads = plain["task.stored.weight"]
+    assert len({tuple(row.flatten().tolist()) for row in heads}) == 6
