@@ -167,6 +167,7 @@ def episodes_seen(**settings):
 def worker(rank, folder):
     """One of two processes: resumes in a new process first, then trains with the other one."""
     torch.set_num_threads(1)
+    os.environ.pop("PL_GLOBAL_SEED", None)  # of another test: strategies of several processes would seed anew with it
     torch.multiprocessing.set_start_method("fork", force=True)  # of loader workers; else a new Python for each
     results = {}
     problem = PROBLEMS[rank]

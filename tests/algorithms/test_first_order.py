@@ -376,6 +376,7 @@ def test_several_upper_iterations_a_batch_change_nothing_but_the_batches(number)
     assert module.oracles[1] == 30 * 22  # twin, g and v
 
 
+@pytest.mark.filterwarnings(r"ignore:\|g_y\| is")
 def test_divergence_names_the_step_size_and_keeps_the_last_checkpoint(tmp_path):
     """MEHA's setting for its merely convex problem without annealing diverges slowly: the guard ends it."""
     task = Quadratic()
