@@ -39,13 +39,14 @@ CASES = {name: (name, {}) for name in algorithms.__all__} | {
 
 
 class Patches(CleaningData):
-    """Hyper-cleaning of images of four pixels, three classes, in minibatches."""
+    """Hyper-cleaning of images of four pixels, three classes, in minibatches or as a whole."""
 
     image_shape, classes = (1, 2, 2), 3
 
-    def __init__(self):
+    def __init__(self, whole=False):
+        lower, upper = (None, None) if whole else (12, 6)
         super().__init__(
-            train_samples=24, val_samples=12, test_split="train", lower_batch_size=12, upper_batch_size=6,
+            train_samples=24, val_samples=12, test_split="train", lower_batch_size=lower, upper_batch_size=upper,
             epoch_length=EPOCH,
         )  # fmt: skip
 
@@ -120,7 +121,7 @@ def made(case, problem):
 def trained(case, problem, *, ckpt_path=None, workers=0, steps=STEPS, precision="64-true", **settings):
     """Trains; returns all that a checkpoint holds of the module, whether random numbers were drawn, or the refusal."""
     module = made(case, problem)
-    data = Patches() if problem == "cleaning" else Uneven(workers)
+    data = Patches(whole=module.upper_iterations > 1) if problem == "cleaning" else Uneven(workers)
     run = trainer(steps * module.upper_iterations, precision=precision, **settings)
     before = torch.get_rng_state()
     with warnings.catch_warnings():

@@ -58,7 +58,7 @@ class TTSA(BSA):
 
     Args:
         lower_steps: T. Default 1.
-        lower_decay: factor of the lower step size over s. Default ``(s + 1)^{-2/5}``.
+        decay_exponent: the lower step size falls as ``(s + 1)`` to this power; it must be negative. Default -2/5.
         **kwargs: settings of `BSA`.
 
     References:
@@ -70,7 +70,9 @@ class TTSA(BSA):
         self,
         *,
         lower_steps: Count = 1,
-        lower_decay: Schedule | None = Power(1.0, -0.4),  # noqa: B008 (a value: it has no state)
+        decay_exponent: float = -0.4,
         **kwargs: Any,
     ) -> None:
-        super().__init__(lower_steps=lower_steps, lower_decay=lower_decay, **kwargs)
+        if decay_exponent >= 0:
+            raise BilevelError(f"decay_exponent must be negative, got {decay_exponent}; BSA has a constant step size.")
+        super().__init__(lower_steps=lower_steps, lower_decay=Power(1.0, decay_exponent), **kwargs)

@@ -129,8 +129,8 @@ class BSGM(AID):
         start = self.kept("v")
         steps, linear, _ = self.numbers(self.batches)  # of which `minibatches` prepared the data
         decay = 1.0 if self.lower_decay is None else at(self.lower_decay, self.global_step)
-        lower = problem if self.lower_decay is None else problem.blend(0.0, decay)
-        moved = self.solve_lower(lower, x, y, steps)
+        lower = problem if self.lower_decay is None or not decay else problem.blend(0.0, decay)
+        moved = self.solve_lower(lower, x, y, steps) if decay else y
         at_once = self.order == "simultaneous"
         near = y if at_once else moved
         at_y = partial(implicit, problem, self.dynamics, x, near, t=steps, cross=linear, before=at_once)

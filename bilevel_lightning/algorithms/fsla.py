@@ -5,7 +5,8 @@ from typing import Any
 from typing_extensions import override
 
 from bilevel_lightning import tree
-from bilevel_lightning.algorithms.soba import SOBA, joined, part
+from bilevel_lightning.algorithms.estimated import joined, part
+from bilevel_lightning.algorithms.soba import SOBA
 from bilevel_lightning.errors import BilevelError
 from bilevel_lightning.estimators import STORM, Estimator, Term
 from bilevel_lightning.module import Step

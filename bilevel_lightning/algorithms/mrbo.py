@@ -5,7 +5,7 @@ from typing import Any
 
 from typing_extensions import override
 
-from bilevel_lightning.algorithms.soba import Estimated, joined, part
+from bilevel_lightning.algorithms.estimated import Estimated, joined, part
 from bilevel_lightning.errors import BilevelError, positive
 from bilevel_lightning.estimators import SARAH, STORM, Estimator, Term
 from bilevel_lightning.hypergradients import implicit

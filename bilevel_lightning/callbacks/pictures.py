@@ -20,7 +20,7 @@ class Picture(NamedTuple):
 def draw(rows: Sequence[Sequence[Picture]], title: str, *, cmap: str, size: tuple[float, float]) -> Figure:
     """Draws rows of pictures.
 
-    All lie in one pair of axes: as many axes as images take ten times as long to draw.
+    All lie in one pair of axes: as many axes as images take much longer to draw.
 
     Args:
         rows: the pictures; rows may differ in length.

@@ -206,6 +206,12 @@ def test_lower_decay_scales_the_lower_steps_alone():
         assert relative(a, b) < 1e-14
 
 
+def test_a_lower_decay_of_zero_leaves_y():
+    module = prepared(StocBiO, lower_steps=4, dynamics=GradientDescent(0.2), lower_decay=Linear(0.0, 1.0, 10))
+    problem, x, y = bound(module, None, None)
+    assert torch.equal(module.bilevel_step(problem, x, y).lower["y"], y["y"])
+
+
 def test_divergence_of_v_falls_back_to_no_linear_steps():
     settings = {"lower_steps": 3, "linear_lr": 1e3, "dynamics": GradientDescent(0.2)}
     module, want = (prepared(BSGM, linear_steps=n, **settings) for n in (200, 0))
@@ -555,6 +561,7 @@ BAD = [
     (lambda: BSGM(order="jacobi"), "order must be sequential or simultaneous, got jacobi"),
     (lambda: BSGM(linear_start="zero"), "linear_start must be step or rhs, got zero"),
     (lambda: BSA(warm_start_linear=True), "BSA draws one term of a series"),
+    (lambda: TTSA(decay_exponent=0.0), "decay_exponent must be negative, got 0.0"),
     (lambda: BSA(linear_lr=Power(0.1, -0.5)), "give linear_lr as a number"),
     (lambda: TTSA(dynamics=Adam()), "lower_decay scales the lower loss, and the steps of Adam do not"),
     (lambda: BSGM(dynamics=FixedPoint(), lower_decay=Power(1.0, -0.5)), "the steps of FixedPoint do not"),
