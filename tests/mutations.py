@@ -35,6 +35,7 @@ class Mutation(NamedTuple):
 M = Mutation
 PROCESSES = "test_distributed.py::test_two_processes_with_half_the_batch_are_one_with_all_of_it"
 FIRST = "algorithms/test_first_order.py"
+STOCHASTIC = "algorithms/test_stochastic.py"
 EQUILIBRIUM = "tasks/test_equilibrium.py"
 EQUILIBRIUM_BALL = "test_projections.py::test_convolution_ball_gives_the_nearest_kernel"
 # fmt: off
@@ -211,6 +212,22 @@ MUTATIONS = [
       "test_projections.py::test_derivatives"),
     M("threshold-without-shrinking", "projections.py", "point - threshold * point.sign()", "point",
       "test_projections.py::test_soft_threshold_against_brute_force"),
+    M("storm-forgets-the-point-before", "estimators.py", "(1 - eta) * (memory[\"direction\"][n] - before[n])",
+      "(1 - eta) * (memory[\"direction\"][n] - t)", f"{STOCHASTIC}::test_storm_is_its_definition"),
+    M("sarah-without-the-direction-before", "estimators.py", "memory[\"direction\"][n] + t - before[n]", "t",
+      f"{STOCHASTIC}::test_minibatches_lead_to_the_solution"),
+    M("saga-mean-without-shares", "estimators.py", "tree.axpy(term.share, change", "tree.axpy(1.0, change",
+      f"{STOCHASTIC}::test_saga_keeps_the_last_direction_of_each_part_and_their_mean"),
+    M("cross-on-a-used-minibatch", "algorithms/bsgm.py", "t=steps, cross=linear", "t=steps, cross=0",
+      f"{STOCHASTIC}::test_bsgm_is_its_definition"),
+    M("linear-steps-of-one-size", "linear_solvers/series.py", "v = tree.axpy(at(lr, i), r, v)",
+      "v = tree.axpy(at(lr, 0), r, v)", f"{STOCHASTIC}::test_bsgm_is_its_definition"),
+    M("upper-minibatch-alone", "problem.py", "torch.stack(values).mean(0)", "values[0]",
+      "test_problem.py::test_the_upper_loss_is_the_mean_over_its_minibatches"),
+    M("built-gradients-touch-samples", "problem.py", "self.count(\"lower_gradients\", t, touched=False)",
+      "self.count(\"lower_gradients\", t)", f"{STOCHASTIC}::test_operations_take_their_minibatches_starts_and_samples"),
+    M("multiples-are-one-draw", "datamodules/levels.py", "drawn += multiple", "drawn += 1",
+      "datamodules/test_levels.py::test_draws_of_one_iteration_differ"),
     M("convolution-without-dual", "projections.py",
       "self._spectrum(point - self._small(ahead, height, width)) + ahead", "self._spectrum(kernel)", EQUILIBRIUM_BALL),
     M("convolution-scaled-only", "projections.py", "if norm <= radius * (1 + self.tol):", "if True:", EQUILIBRIUM_BALL),

@@ -42,6 +42,13 @@ def test_a_multiple_is_several_draws():
     assert torch.equal(torch.cat([part[0] for part in one["lower"][1:]]), two["lower"][1][0])
 
 
+def test_draws_of_one_iteration_differ():
+    (batch,) = batches(Numbers(4, 3, epoch_length=1), ([3, 1, 1], 1))
+    large, *small = (part[0] for part in batch["lower"])
+    assert not any(torch.equal(part, large[i : i + 4]) for part in small for i in (0, 4, 8))
+    assert not torch.equal(*small)
+
+
 def test_a_level_without_batch_size_comes_whole():
     (batch,) = batches(Numbers(None, 3, epoch_length=1), (5, 2))
     assert torch.equal(batch["lower"][0], torch.arange(23))
