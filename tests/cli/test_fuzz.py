@@ -89,7 +89,7 @@ def configs(draw):
     trainer = {
         "max_steps": draw(st.sampled_from([0, 1, 2])), "accelerator": "cpu", "logger": False,
         "enable_progress_bar": False, "enable_model_summary": False,
-        "precision": draw(st.sampled_from(["32-true", "64-true", "bf16-mixed", "16-true"])),
+        "precision": draw(st.sampled_from(["32-true", "64-true", "bf16-mixed"] * 3 + ["16-true"])),
         "callbacks": [{"class_path": "CleaningReport", "init_args": {"steps": 1}}],
     }  # fmt: skip
     return {"model": {"class_path": name, "init_args": model}, "data": data, "trainer": trainer}
@@ -139,7 +139,7 @@ def test_configs_end_in_a_run_or_in_one_message(tmp_path, capsys, monkeypatch):
     for wrong, config in failures:
         print(wrong, yaml.safe_dump(config), file=sys.stderr)
     assert [wrong for wrong, _ in failures] == []
-    assert min(kinds["run"], kinds["message"]) > 0.2 * kinds.total()
+    assert min(kinds["run"], kinds["message"]) > 0.1 * kinds.total()  # what is drawn tests both ends
 
 
 @pytest.mark.parametrize("name", algorithms.__all__)
