@@ -78,7 +78,7 @@ def configs(draw):
         changes = {n: st.sampled_from([-1, 0, 1, 3]) for n in sizes}
     else:
         network = {"class_path": "LinearNet", "init_args": {"image_shape": [1, 8, 8]}}
-        samples = draw(st.sampled_from([12, 12, 12, 0, 13]))
+        samples = draw(st.sampled_from([12] * 8 + [0, 13]))
         model["task"] = {"class_path": "HyperCleaning", "init_args": {"model": network, "samples": samples, "l2": 0.01}}
         data = {"class_path": "DigitsCleaning", "init_args": {"train_samples": 12, "val_samples": 10}}
         sizes = st.sampled_from([None, -1, 0, 4, 10, 12, 13])
@@ -121,7 +121,7 @@ def ended(config, folder, capsys, kinds):
 
 
 @settings(
-    max_examples=int(os.environ.get("BILEVEL_FUZZ", "20")), deadline=None, derandomize=True, database=None,
+    max_examples=int(os.environ.get("BILEVEL_FUZZ", "30")), deadline=None, derandomize=True, database=None,
     suppress_health_check=[*HealthCheck], phases=[Phase.generate],
 )  # fmt: skip
 @given(config=configs())
@@ -139,7 +139,7 @@ def test_configs_end_in_a_run_or_in_one_message(tmp_path, capsys, monkeypatch):
     for wrong, config in failures:
         print(wrong, yaml.safe_dump(config), file=sys.stderr)
     assert [wrong for wrong, _ in failures] == []
-    assert min(kinds["run"], kinds["message"]) > 0.1 * kinds.total()  # what is drawn tests both ends
+    assert min(kinds["run"], kinds["message"]) > 0.2 * kinds.total()  # what is drawn tests both ends
 
 
 @pytest.mark.parametrize("name", algorithms.__all__)
