@@ -10,8 +10,8 @@ from problems import Quadratic, Vector
 from pytorch_lightning import Callback
 
 from bilevel_lightning import DARTS, GradientDescent, algorithms, linear_solvers, tree
+from bilevel_lightning.binding import bind
 from bilevel_lightning.linear_solvers import ConjugateGradient, FixedPointIteration, Neumann
-from bilevel_lightning.problem import bind
 
 ALGORITHMS = [getattr(algorithms, name) for name in algorithms.__all__]
 
