@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from bilevel_lightning import tree
+from bilevel_lightning.derivatives import in_parts
 from bilevel_lightning.errors import BilevelError
 from bilevel_lightning.problem import BilevelProblem, Operator
 from bilevel_lightning.task import Bilevel, Minibatches
@@ -70,6 +71,17 @@ def size(part: Any, dim: int = 0) -> int:
     """Returns the number of samples in a part of a batch: the length of its first tensor along ``dim``."""
     lengths = [t.shape[dim] if t.ndim > dim else 1 for t in tree_flatten(part)[0] if isinstance(t, Tensor)]
     return lengths[0] if lengths else 0
+
+
+def rows(part: Any, first: int, number: int) -> Any:
+    """Returns ``number`` samples of a part of a batch, from ``first``: rows of all tensors that count its samples."""
+    samples = size(part)
+
+    def cut(leaf: Any) -> Any:
+        counts = isinstance(leaf, Tensor) and leaf.ndim > 0 and len(leaf) == samples
+        return leaf[first : first + number] if counts else leaf
+
+    return tree_map(cut, part)
 
 
 def own(x: Params) -> Params:
@@ -172,6 +184,7 @@ def bind(
     reduce: Operator | None = None,
     agree: Operator | None = None,
     episodes: int | None = None,
+    samples_at_once: int | None = None,
 ) -> tuple[BilevelProblem, Params, Operator]:
     """Binds a task to one episode, or to several side by side.
 
@@ -182,6 +195,7 @@ def bind(
         reduce: average over processes; used where the task's y is shared by them.
         agree: makes random directions equal on all processes; used where the task's y is shared by them.
         episodes: how many episodes are stacked in ``batch``, None: it is a single one, without leading dimension.
+        samples_at_once: how many samples of a minibatch a loss gets at once; None: all.
 
     Returns:
         The problem, its upper variables (x and, with `Bilevel.prepare`, the prepared tensors), and the map that
@@ -189,6 +203,19 @@ def bind(
     """
     call = Functional(task)
     batch, z, pull_back = _prepare(task, call, batch, x, episodes)
+
+    def in_turn(part: Any, method: str) -> Any:
+        """The loss on a minibatch as the mean of those on its parts."""
+        fill, total, most = _filled(part, z), size(part), samples_at_once
+        if most is None or total <= most:
+            return on(part, method)
+
+        def loss(x: Params, y: Params, first: int) -> Any:
+            return call.at(x, y, method, rows(fill(x), first, most))
+
+        starts = range(0, total, most)
+        weights = [min(most, total - first) / total for first in starts]
+        return in_parts([partial(loss, first=first) for first in starts], weights)
 
     def on(part: Any, method: str) -> Any:
         fill = _filled(part, z)
@@ -216,8 +243,8 @@ def bind(
     mapped = hooks.fixed_point_map is not Bilevel.fixed_point_map
     shared = task.persistent_lower
     problem = BilevelProblem(
-        [on(part, "upper_loss") for part in upper],
-        [on(part, "lower_loss") for part in lower],
+        [in_turn(part, "upper_loss") for part in upper],
+        [in_turn(part, "lower_loss") for part in lower],
         prox=prox if constrained else None,
         nonsmooth=(lambda x, y: task.nonsmooth_lower(own(x), y)) if nonsmooth else None,
         fixed_point=[on(part, "fixed_point_map") for part in lower] if mapped else (),

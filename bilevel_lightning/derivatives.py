@@ -8,9 +8,11 @@ With v a cotangent of g_y, the products g_xy v and g_yy v come
 * ``differences``: from central differences ``(g_.(x, y + eps v) - g_.(x, y - eps v)) / (2 eps)``, eps = radius / |v|.
 
 Second derivatives of attention exist only for its plain implementation, so that one is chosen inside.
+
+`in_parts` is another matter: a mean of losses whose first derivatives are gathered one after the other.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import compress
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -20,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
 from bilevel_lightning import randomness, tree
+from bilevel_lightning.errors import BilevelError
 from bilevel_lightning.tree import Params
 
 Loss: TypeAlias = Callable[[Params, Params], Tensor]
@@ -141,3 +144,57 @@ def _differences(target: Target, x: Params, y: Params, v: Params, x_wanted: Para
 
 
 PRODUCTS = {"recompute": _recompute, "mixed": _mixed, "differences": _differences}
+
+
+_FIRST_ORDER = (
+    "samples_at_once is for methods without second derivatives (MEHA, F2SA, VPBGD, BOME, DARTS, SAMA, ...): leave it "
+    "out, or lower the batch size."
+)
+
+
+def in_parts(losses: Sequence[Loss], weights: Sequence[float]) -> Loss:
+    """Returns the sum of ``losses`` times ``weights``, of whose graphs only one exists at a time (accumulation).
+
+    Its first derivatives are computed with its value, so that memory is that of one part; second ones do not exist.
+    """
+    if len(losses) == 1:
+        return losses[0]
+
+    def loss(x: Params, y: Params) -> Tensor:
+        if torch._C._are_functorch_transforms_active():  # the rule ``mixed``
+            raise BilevelError(_FIRST_ORDER)
+        total: Tensor = _InParts.apply(losses, weights, (list(x), list(y)), *x.values(), *y.values())
+        return total
+
+    return loss
+
+
+class _InParts(torch.autograd.Function):
+    """The weighted sum of losses, with its gradients kept instead of its graph."""
+
+    @staticmethod
+    @override
+    def forward(
+        ctx: Any, losses: Sequence[Loss], weights: Sequence[float], names: tuple[list[str], list[str]], *values: Tensor
+    ) -> Tensor:
+        x, y = _named(names, values)
+        needed = ctx.needs_input_grad[3:]
+        x_leaf = tree.leaf(dict(compress(x.items(), needed)))
+        y_leaf = tree.leaf(dict(compress(y.items(), needed[len(x) :])))
+        total, d_x, d_y = values[0].new_zeros(()), tree.zeros_like(x_leaf), tree.zeros_like(y_leaf)
+        for loss, weight in zip(losses, weights, strict=True):
+            with torch.set_grad_enabled(any(needed)):
+                value = weight * loss({**x, **x_leaf}, {**y, **y_leaf})
+                g_x, g_y = tree.grad(value, x_leaf, y_leaf)
+            total, d_x, d_y = total + value.detach(), tree.axpy(1.0, g_x, d_x), tree.axpy(1.0, g_y, d_y)
+        ctx.found, ctx.names = (d_x, d_y), names
+        return total
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, cotangent: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise BilevelError(_FIRST_ORDER)
+        d_x, d_y = ({name: cotangent * t for name, t in part.items()} for part in ctx.found)
+        x, y = ctx.names
+        return None, None, None, *(d_x.get(name) for name in x), *(d_y.get(name) for name in y)

@@ -32,6 +32,7 @@ class Evaluation(LightningModule, Bilevel):
     cold_start: State | None
     statistics: nn.ModuleDict
     episodes_at_once: int | None
+    samples_at_once: int | None
     evaluation_steps: int
     evaluation_dynamics: Dynamics
 
@@ -156,7 +157,7 @@ class Evaluation(LightningModule, Bilevel):
         return starts
 
     def _bind(self, episode: Any, x: Params, number: int | None = None) -> tuple[BilevelProblem, Params, Operator]:
-        return bind(self.hooks, episode, x, mean_over_processes, agree, number)
+        return bind(self.hooks, episode, x, mean_over_processes, agree, number, self.samples_at_once)
 
     def aside(self) -> Any:
         """A context for what must not change the random numbers of training."""

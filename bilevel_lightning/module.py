@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 from bilevel_lightning import tree
-from bilevel_lightning.binding import Functional, running_norms, split, unstack
+from bilevel_lightning.binding import Functional, rows, running_norms, split, unstack
 from bilevel_lightning.checkpoints import AtomicCheckpointIO
 from bilevel_lightning.checks import (
     check_batch,
@@ -108,6 +108,10 @@ class BilevelModule(Evaluation, ABC):
         episodes_at_once: how many episodes of a batch are solved side by side (`torch.func.vmap`): equal results, other
             time and memory (docs/few_shot.md); for algorithms that treat them independently. Default: one after the
             other on a CPU, all on other devices.
+        samples_at_once: how many samples of a minibatch a loss gets at once, at either level. The gradient of a larger
+            minibatch is the mean of those of its parts, computed one after the other in the memory of one part, where
+            its loss is a mean over samples: tensors whose length is that of the first are cut, others are not. For
+            algorithms without second derivatives, and one y that persists. Default: all.
         evaluation_steps: lower steps at validation and test, where y is solved for each episode. Default lower_steps.
         evaluation_dynamics: one lower step there, without its share of the upper loss if it has one. Default
             ``dynamics``.
@@ -143,6 +147,7 @@ class BilevelModule(Evaluation, ABC):
         warm_start: bool = True,
         upper_iterations: int = 1,
         episodes_at_once: int | None = None,
+        samples_at_once: int | None = None,
         evaluation_steps: int | None = None,
         evaluation_dynamics: Dynamics | None = None,
         compile: bool = False,
@@ -175,6 +180,9 @@ class BilevelModule(Evaluation, ABC):
         if several and not self.side_by_side:
             raise BilevelError(f"{type(self).__name__} solves one episode after the other: leave episodes_at_once out.")
         self.episodes_at_once = episodes_at_once
+        self.samples_at_once = samples_at_once
+        if samples_at_once is not None:
+            self.samples_at_once = int(positive("samples_at_once", samples_at_once))
         self.evaluation_steps = lower_steps if evaluation_steps is None else evaluation_steps
         if self.evaluation_steps < 0:
             raise BilevelError(f"evaluation_steps must not be negative, got {evaluation_steps}.")
@@ -269,6 +277,11 @@ class BilevelModule(Evaluation, ABC):
             raise BilevelError(
                 f"{', '.join(self.episodic)}: these settings are for tasks whose y is solved for each episode, and "
                 "here one y persists: leave them out, or set persistent_lower = False."
+            )
+        if not self.hooks.persistent_lower and self.samples_at_once is not None:
+            raise BilevelError(
+                "samples_at_once divides minibatches of a y that persists, and here y is solved for each episode: set "
+                "episodes_at_once instead."
             )
         like = next(iter(x.values()))
         for name, value in self.added_upper(tree.detach(self.hooks.initial_lower(x))).items():
@@ -394,7 +407,7 @@ class BilevelModule(Evaluation, ABC):
         y = self.start_lower(x, episode)
         try:
             with self.aside(), watched(self.hooks):
-                problem, z, _ = self._bind(episode, x)
+                problem, z, _ = self._bind(episode if self._checked else self._beginning(episode), x)
                 size = check_losses(problem, z, y, where, self.hooks)
         except RuntimeError as error:
             if hint := check_batch(episode, next(iter(y.values()))):
@@ -402,6 +415,14 @@ class BilevelModule(Evaluation, ABC):
             raise
         self.scale.setdefault("stationarity", size)
         self._checked = True
+
+    def _beginning(self, episode: Any) -> Any:
+        """Returns the episode, or with ``samples_at_once`` the first samples of each level, whose losses are plain."""
+        if self.samples_at_once is None:
+            return episode
+        lower, upper = (part[0] if isinstance(part, Minibatches) else part for part in split(episode))
+        both = {"lower": rows(lower, 0, self.samples_at_once), "upper": rows(upper, 0, self.samples_at_once)}
+        return {**(episode if isinstance(episode, dict) else {}), **both}
 
     def _follow(self, move: Callable[[BilevelProblem, Params], Params], episode: Any, counts: Counter[str]) -> Params:
         """Returns the new y of a method whose lower step is taken at the new x, and adds its oracles to ``counts``."""

@@ -21,6 +21,7 @@ from bilevel_lightning.datamodules.selection import (
     SyntheticText,
 )
 from bilevel_lightning.datamodules.sinusoid import Sinusoid
+from bilevel_lightning.datamodules.text import TextSources
 from bilevel_lightning.datamodules.tiered_imagenet import TieredImageNet
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "Sinusoid",
     "SyntheticLinear",
     "SyntheticText",
+    "TextSources",
     "TieredImageNet",
     "TwoLevelData",
 ]

@@ -1,6 +1,7 @@
 """Data of both levels in tensors, all at once or in minibatches."""
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,10 @@ class TwoLevelData(LightningDataModule):
     def levels(self) -> tuple[Samples, Samples]:
         """Returns the samples of the lower and of the upper level; called after `setup`."""
 
+    def decoded(self, samples: Samples) -> Samples:
+        """Returns the samples of a minibatch as the losses get them; default: as they lie in memory."""
+        return samples
+
     def parts(self) -> dict[str, int]:
         """Returns in how many parts each level is partitioned for algorithms that remember them, by its name."""
         sizes = zip(("lower", "upper"), self.levels(), (self.lower_batch_size, self.upper_batch_size), strict=True)
@@ -87,7 +92,9 @@ class TwoLevelData(LightningDataModule):
             if size is not None and size < world:
                 raise BilevelError(f"data.{name}={size} is less than the {world} processes that share it; raise it.")
             on_device = tuple(t.to(device) for t in data)
-            sources.append(_Level(on_device, size, self.seed, i, rank, world, partition and size is not None))
+            sources.append(
+                _Level(on_device, size, self.seed, i, rank, world, partition and size is not None, self.decoded)
+            )
 
         def batch(k: int) -> dict[str, Any]:
             found: dict[str, Any] = {}
@@ -108,8 +115,17 @@ class _Level:
     """The samples of level ``i`` on the training device, whole or in minibatches of this process."""
 
     def __init__(
-        self, data: Samples, size: int | None, seed: int, i: int, rank: int, world: int, partition: bool
+        self,
+        data: Samples,
+        size: int | None,
+        seed: int,
+        i: int,
+        rank: int,
+        world: int,
+        partition: bool,
+        decoded: Callable[[Samples], Samples],
     ) -> None:
+        self.decoded = decoded
         self.data, self.size, self.seed, self.i, self.rank, self.world = data, size, seed, i, rank, world
         self.samples = len(data[0])
         self.parts: list[Tensor] = []
@@ -143,6 +159,6 @@ class _Level:
     def _gather(self, index: Tensor | None) -> Samples:
         if index is None:
             everything = slice(self.rank, self.samples // self.world * self.world, self.world)
-            return tuple(t[everything] for t in self.data)
+            return self.decoded(tuple(t[everything] for t in self.data))
         index = (self._share(index) if self.parts else index).to(self.data[0].device)
-        return tuple(t[index] for t in self.data)
+        return self.decoded(tuple(t[index] for t in self.data))

@@ -4,26 +4,35 @@ A body maps images to vectors of ``body.features`` numbers, which are maps of sh
 logits. A task can put them on different levels.
 """
 
+from bilevel_lightning.models.adapters import LowRank, Subset
+from bilevel_lightning.models.autocast import Autocast
 from bilevel_lightning.models.convnet import ConvNet, ConvNetBody
 from bilevel_lightning.models.dense import LinearNet, MLPNet, RegressionMLP
 from bilevel_lightning.models.equilibrium import Cell, ConvolutionalCell, DenseCell
+from bilevel_lightning.models.gpt import GPT
 from bilevel_lightning.models.heads import ConvHead, LinearHead
+from bilevel_lightning.models.hugging_face import HuggingFaceModel
 from bilevel_lightning.models.norm import PerStepBatchNorm2d, normalization
 from bilevel_lightning.models.resnet import ResNet12, ResNet12Body
 
 __all__ = [
+    "GPT",
+    "Autocast",
     "Cell",
     "ConvHead",
     "ConvNet",
     "ConvNetBody",
     "ConvolutionalCell",
     "DenseCell",
+    "HuggingFaceModel",
     "LinearHead",
     "LinearNet",
+    "LowRank",
     "MLPNet",
     "PerStepBatchNorm2d",
     "RegressionMLP",
     "ResNet12",
     "ResNet12Body",
+    "Subset",
     "normalization",
 ]
