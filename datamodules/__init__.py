@@ -12,6 +12,13 @@ from bilevel_lightning.datamodules.mnist import FashionMNISTCleaning, MNISTClean
 from bilevel_lightning.datamodules.nothing import NoData
 from bilevel_lightning.datamodules.omniglot import Omniglot
 from bilevel_lightning.datamodules.poisoning import CIFAR10Poisoning, DigitsPoisoning, MNISTPoisoning, PoisoningData
+from bilevel_lightning.datamodules.reweighting import (
+    CIFAR10Reweighting,
+    DigitsReweighting,
+    FashionMNISTReweighting,
+    MNISTReweighting,
+    ReweightingData,
+)
 from bilevel_lightning.datamodules.selection import (
     LIBSVMData,
     LinearData,
@@ -27,24 +34,29 @@ from bilevel_lightning.datamodules.tiered_imagenet import TieredImageNet
 __all__ = [
     "CIFAR10Cleaning",
     "CIFAR10Poisoning",
+    "CIFAR10Reweighting",
     "CleaningData",
     "DigitsCleaning",
     "DigitsEquilibrium",
     "DigitsPoisoning",
+    "DigitsReweighting",
     "EpisodicDataModule",
     "EquilibriumData",
     "FashionMNISTCleaning",
+    "FashionMNISTReweighting",
     "FewShotImages",
     "LIBSVMData",
     "LinearData",
     "MNISTCleaning",
     "MNISTEquilibrium",
     "MNISTPoisoning",
+    "MNISTReweighting",
     "MiniImageNet",
     "Newsgroups",
     "NoData",
     "Omniglot",
     "PoisoningData",
+    "ReweightingData",
     "SampleIndices",
     "Sinusoid",
     "SyntheticLinear",

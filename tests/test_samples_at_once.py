@@ -9,7 +9,7 @@ from torch import nn
 from bilevel_lightning import BilevelError, BilevelTask, GradientDescent, Minibatches, algorithms, tree
 from bilevel_lightning.binding import bind
 
-SECOND = {"RHG", "TRHG", "ITD", "AID", "AIDCG", "AIDNeumann", "AIDFP", "GPBGD", "SOBA", "StocBiO", "IAPTTGM"}
+SECOND = {"RHG", "ITD", "AID", "AIDCG", "AIDNeumann", "AIDFP", "GPBGD", "SOBA", "StocBiO", "IAPTTGM"}
 FIRST = {"MEHA", "F2SA", "VPBGD", "BOME", "BVFSM", "DARTS", "SAMA", "PZOBO"}
 
 

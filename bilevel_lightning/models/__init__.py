@@ -1,7 +1,8 @@
 """Networks of the shipped tasks: images, shape ``(batch, channels, height, width)``, to logits; bodies, heads, norms.
 
 A body maps images to vectors of ``body.features`` numbers, which are maps of shape ``body.shape``; a head maps those to
-logits. A task can put them on different levels.
+logits. A task can put them on different levels. `weights` are of samples. `GPT` and `HuggingFaceModel` map tokens to
+logits; `LowRank`, `Subset` and `Autocast` are put around a network.
 """
 
 from bilevel_lightning.models.adapters import LowRank, Subset
@@ -14,6 +15,7 @@ from bilevel_lightning.models.heads import ConvHead, LinearHead
 from bilevel_lightning.models.hugging_face import HuggingFaceModel
 from bilevel_lightning.models.norm import PerStepBatchNorm2d, normalization
 from bilevel_lightning.models.resnet import ResNet12, ResNet12Body
+from bilevel_lightning.models.weights import LossWeights, SampleWeights, SourceWeights
 
 __all__ = [
     "GPT",
@@ -27,12 +29,15 @@ __all__ = [
     "HuggingFaceModel",
     "LinearHead",
     "LinearNet",
+    "LossWeights",
     "LowRank",
     "MLPNet",
     "PerStepBatchNorm2d",
     "RegressionMLP",
     "ResNet12",
     "ResNet12Body",
+    "SampleWeights",
+    "SourceWeights",
     "Subset",
     "normalization",
 ]
