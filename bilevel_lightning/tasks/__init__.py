@@ -18,6 +18,7 @@ from bilevel_lightning.tasks.numerical import (
 from bilevel_lightning.tasks.poisoning import Poisoning
 from bilevel_lightning.tasks.reweighting import Reweighting
 from bilevel_lightning.tasks.selection import PenaltySelection, QuadraticSum
+from bilevel_lightning.tasks.text import TextReweighting
 
 __all__ = [
     "BDACounterExample",
@@ -38,4 +39,5 @@ __all__ = [
     "SinProblem",
     "SineSum",
     "StronglyConvex",
+    "TextReweighting",
 ]
