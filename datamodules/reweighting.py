@@ -46,22 +46,22 @@ class ReweightingData(ImageData):
     with n_0 = ``class_samples``). Then labels are replaced:
 
     * ``noise: symmetric``: exactly ``round(noise_rate * n)`` of all n labels, by a different class, uniformly;
-    * ``noise: asymmetric``: exactly ``round(noise_rate * n_c)`` of the labels of each class c in `pairs`, by its partner
-      there; other classes keep theirs.
+    * ``noise: asymmetric``: exactly ``round(noise_rate * n_c)`` of the labels of each class c in `pairs`, by its
+      partner there; other classes keep theirs.
 
     Training batches are ``{"lower": (images, labels, index, source), "upper": (images, labels)}``: labels as given,
     numbers of the training samples, and the given label once more, as the number of the source, so that `SourceWeights`
     weigh classes. Validation is on the meta set, test on the official test set. The lower part of their batches is the
-    first 1000 training samples, of all classes; ``"clean"`` says of them whose label is right, which no loss sees. Images
-    are floats in [0, 1].
+    first 1000 training samples, of all classes; ``"clean"`` says of them whose label is right, which no loss sees.
+    Images are floats in [0, 1].
 
     Args:
         root: as in `ImageData`.
         download: as in `ImageData`.
         class_samples: n_0, training samples of class 0; None (default): as many as the rarest class of the file has
             besides the meta set.
-        imbalance_factor: n_0 over the number of samples of the last class, at least 1. Default 1, a balanced set. Usual:
-            10 to 200.
+        imbalance_factor: n_0 over the number of samples of the last class, at least 1. Default 1, a balanced set.
+            Usual: 10 to 200.
         noise_rate: share of replaced labels, 0 <= rate < 1. Default 0.
         noise: ``symmetric`` (default) or ``asymmetric``.
         meta_per_class: images of each class in the meta set. Default 10, as in Meta-Weight-Net's long-tailed

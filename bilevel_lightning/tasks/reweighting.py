@@ -3,12 +3,13 @@
 from typing import Any
 
 import torch
-from pytorch_lightning import LightningDataModule
+from pytorch_lightning import Callback, LightningDataModule
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchmetrics.functional.classification import binary_auroc, multiclass_accuracy
 from typing_extensions import override
 
+from bilevel_lightning.callbacks.reweighting import ReweightingReport, WeightFigure
 from bilevel_lightning.datamodules.levels import TwoLevelData
 from bilevel_lightning.errors import BilevelError
 from bilevel_lightning.models.weights import LossWeights, SampleWeights, SourceWeights
@@ -172,3 +173,7 @@ class Reweighting(BilevelTask):
                 f"task.model returns shape {shape} for one sample, whose targets have shape {tuple(targets[:1].shape)} "
                 f"and go up to {int(targets.max())}: it must have the classes, all of them, in its last dimension."
             )
+
+    @override
+    def callbacks(self) -> list[Callback]:
+        return [WeightFigure(), ReweightingReport()]
