@@ -9,6 +9,7 @@ from bilevel_lightning.callbacks.poisoning import PoisonedImages, PoisoningRepor
 from bilevel_lightning.callbacks.reweighting import ReweightingReport, WeightFigure
 from bilevel_lightning.callbacks.saving import SaveEvery
 from bilevel_lightning.callbacks.stopping import ResidualStopping
+from bilevel_lightning.callbacks.text import SourceWeightCurve
 
 __all__ = [
     "AdaptationCurve",
@@ -24,6 +25,7 @@ __all__ = [
     "SampleBudget",
     "SaveEvery",
     "SolutionError",
+    "SourceWeightCurve",
     "SuspiciousImages",
     "UpperStationarity",
     "WeightFigure",

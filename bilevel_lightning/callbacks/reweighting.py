@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from bilevel_lightning import tree
+from bilevel_lightning.binding import bind, running_norms
 from bilevel_lightning.datamodules.iterations import Iterations, Whole
 from bilevel_lightning.datamodules.levels import TwoLevelData
 from bilevel_lightning.dynamics import Dynamics
 from bilevel_lightning.models.weights import LossWeights, SourceWeights
-from bilevel_lightning.problem import bind, running_norms
 
 SHOWN = 1000  # training samples whose losses are drawn
 COLOURS = {"clean": "#2c7fb8", "corrupted": "#c1272d", "all": "#2c7fb8"}
@@ -157,7 +157,7 @@ class ReweightingReport(Callback):
         lower, upper = (len(samples[0]) for samples in data.levels())
         tasks = {"reweighted (y)": module.hooks}
         if self.controls:
-            with module._aside(), torch.inference_mode(False):
+            with module.aside(), torch.inference_mode(False):
                 for name, share in (("equal weights", 0.0), ("equal weights, meta set too", upper / (lower + upper))):
                     tasks[name] = trained_equally(
                         module.hooks,

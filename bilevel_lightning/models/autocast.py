@@ -44,5 +44,5 @@ class Autocast(nn.Module):
             outputs: Tensor = self.model(inputs)
         outputs = outputs.float()
         if outputs.requires_grad:
-            outputs.register_hook(_first_only)
+            outputs.register_hook(_first_only)  # type: ignore[no-untyped-call]
         return outputs

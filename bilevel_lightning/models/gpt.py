@@ -1,5 +1,7 @@
 """A decoder-only transformer in the manner of GPT-2: bytes, or other tokens, to logits."""
 
+from pickle import UnpicklingError
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -49,16 +51,26 @@ class GPT(nn.Module):
         width: numbers a token. Default 64.
         depth: number of layers. Default 2.
         heads: attention heads of each layer; they divide the width. Default 4.
+        weights: file whose weights it begins with: a checkpoint of a run, or what `torch.save` wrote of a
+            ``state_dict``, of a `GPT` of the same sizes (also in `Autocast`). Default: random weights.
 
     Raises:
-        BilevelError: if a size is impossible, or a sequence is longer than the context.
+        BilevelError: if a size is impossible, a sequence is longer than the context, or the file does not fit.
 
     References:
         A. Radford, J. Wu, R. Child, D. Luan, D. Amodei, I. Sutskever. Language Models are Unsupervised Multitask
         Learners. OpenAI, 2019 (GPT-2).
     """
 
-    def __init__(self, tokens: int = 256, context: int = 64, width: int = 64, depth: int = 2, heads: int = 4) -> None:
+    def __init__(
+        self,
+        tokens: int = 256,
+        context: int = 64,
+        width: int = 64,
+        depth: int = 2,
+        heads: int = 4,
+        weights: str | None = None,
+    ) -> None:
         super().__init__()
         sizes = {"tokens": tokens, "context": context, "width": width, "depth": depth, "heads": heads}
         for name, value in sizes.items():
@@ -75,6 +87,18 @@ class GPT(nn.Module):
             elif p.ndim == 2:
                 into_residual = name.endswith(("out.weight", "down.weight"))
                 nn.init.normal_(p, std=0.02 / (2 * depth) ** 0.5 if into_residual else 0.02)
+        if weights is not None:
+            self._load(weights)
+
+    def _load(self, path: str) -> None:
+        """Reads the weights of a file, which may hold more than the network."""
+        try:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+            found = found.get("state_dict", found)
+            prefix = next(name for name in found if name.endswith("embedding.weight")).removesuffix("embedding.weight")
+            self.load_state_dict({name: found[prefix + name] for name in self.state_dict()})
+        except (OSError, RuntimeError, KeyError, StopIteration, UnpicklingError) as error:
+            raise BilevelError(f"GPT.weights={path} does not fit: {type(error).__name__}: {error}") from error
 
     @override
     def forward(self, inputs: Tensor) -> Tensor:

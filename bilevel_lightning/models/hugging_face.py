@@ -1,5 +1,6 @@
 """Causal language models of Hugging Face's library ``transformers``, an optional extra, as networks of this package."""
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +41,7 @@ class HuggingFaceModel(nn.Module):
     ) -> None:
         super().__init__()
         try:
-            import transformers
+            transformers: Any = import_module("transformers")
         except ImportError as error:
             raise BilevelError(
                 "HuggingFaceModel needs the library transformers: pip install bilevel-lightning[text], or use GPT."

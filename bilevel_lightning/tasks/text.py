@@ -4,10 +4,11 @@ import math
 from typing import Any
 
 import torch
-from pytorch_lightning import LightningDataModule
+from pytorch_lightning import Callback, LightningDataModule
 from torch import Tensor, nn
 from typing_extensions import override
 
+from bilevel_lightning.callbacks.text import SourceWeightCurve
 from bilevel_lightning.datamodules.text import TextSources
 from bilevel_lightning.errors import BilevelError
 from bilevel_lightning.models.weights import SampleWeights, SourceWeights
@@ -23,9 +24,9 @@ class TextReweighting(Reweighting):
     Lower: g(x, y) = mean over the training windows of softmax(x)_{s(i)} l_i(y) + l2 |y|^2, s(i) the source of window i.
 
     With `SourceWeights` it is the problem of ScaleBiO, whose minimax penalty is V-PBGD's and F2SA's. Metrics:
-    ``bits_per_byte`` of y on the validation or test text, l / log 2 (the perplexity is 2 to that power); ``accuracy`` of
-    the next byte; ``source_bits_per_byte_0``, ... on the first windows of each source, corrupted as they are; with
-    `SourceWeights`, ``source_weight_0``, ...
+    ``bits_per_byte`` of y on the validation or test text, l / log 2 (the perplexity of a byte is 2 to that power);
+    ``accuracy`` of the next byte; ``source_bits_per_byte_0``, ... on the first windows of each source, corrupted as
+    they are; with `SourceWeights`, ``source_weight_0``, ...
 
     Args:
         model: network from tokens ``(batch, length)`` to logits ``(batch, length, tokens)``, such as `GPT` or
@@ -49,7 +50,7 @@ class TextReweighting(Reweighting):
     def scores(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the bits per byte of each window, and the share of its bytes that are the likeliest."""
         bits, right = [], []
-        for part, wanted in zip(inputs.split(ROWS), targets.split(ROWS), strict=True):
+        for part, wanted in zip(torch.split(inputs, ROWS), torch.split(targets, ROWS), strict=True):
             logits = self.lower(part)
             each = nn.functional.cross_entropy(logits.mT, wanted, reduction="none")
             bits.append(each.mean(1) / math.log(2))
@@ -86,9 +87,10 @@ class TextReweighting(Reweighting):
             SampleWeights: ("samples", len(index), "training windows"),
         }
         for kind, (setting, number, what) in sizes.items():
-            if isinstance(self.upper, kind) and len(self.upper.logits) != number:
+            weights: Any = self.upper
+            if isinstance(weights, kind) and len(weights.logits) != number:
                 raise BilevelError(
-                    f"{kind.__name__} has {len(self.upper.logits)} weights but the data {number} {what}: set "
+                    f"{kind.__name__} has {len(weights.logits)} weights but the data {number} {what}: set "
                     f"task.weights.{setting} to that number."
                 )
         inputs, _ = datamodule.decoded((windows[:1].to(next(self.lower.parameters()).device),))
@@ -102,3 +104,7 @@ class TextReweighting(Reweighting):
                 f"task.model returns shape {shape} for one window of {inputs.shape[1]} bytes, where the last dimension "
                 "must hold a logit for each of 256 bytes: raise tokens (vocab_size) to 256 or more."
             )
+
+    @override
+    def callbacks(self) -> list[Callback]:
+        return [SourceWeightCurve()]
