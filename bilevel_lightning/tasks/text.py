@@ -82,17 +82,9 @@ class TextReweighting(Reweighting):
             super().check_data(datamodule)
             return
         windows, index, source = datamodule.train
-        sizes = {
-            SourceWeights: ("sources", int(source.max()) + 1, f"sources ({', '.join(datamodule.names)})"),
-            SampleWeights: ("samples", len(index), "training windows"),
-        }
-        for kind, (setting, number, what) in sizes.items():
-            weights: Any = self.upper
-            if isinstance(weights, kind) and len(weights.logits) != number:
-                raise BilevelError(
-                    f"{kind.__name__} has {len(weights.logits)} weights but the data {number} {what}: set "
-                    f"task.weights.{setting} to that number."
-                )
+        sources = int(source.max()) + 1
+        self._fits(SourceWeights, "sources", sources, f"sources ({', '.join(datamodule.names)})")
+        self._fits(SampleWeights, "samples", len(index), "training windows")
         inputs, _ = datamodule.decoded((windows[:1].to(next(self.lower.parameters()).device),))
         try:
             with torch.no_grad():
@@ -103,6 +95,14 @@ class TextReweighting(Reweighting):
             raise BilevelError(
                 f"task.model returns shape {shape} for one window of {inputs.shape[1]} bytes, where the last dimension "
                 "must hold a logit for each of 256 bytes: raise tokens (vocab_size) to 256 or more."
+            )
+
+    def _fits(self, kind: type[SourceWeights] | type[SampleWeights], setting: str, number: int, what: str) -> None:
+        """Compares the number of weights of that kind with what the data have."""
+        if isinstance(self.upper, kind) and len(self.upper.logits) != number:
+            raise BilevelError(
+                f"{kind.__name__} has {len(self.upper.logits)} weights but the data {number} {what}: set "
+                f"task.weights.{setting} to that number."
             )
 
     @override
