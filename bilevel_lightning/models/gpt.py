@@ -43,7 +43,7 @@ class GPT(nn.Module):
     Learnt positions, pre-norm layers (`Block`), a last norm, and an output layer that is the embedding (tied). No
     dropout: losses are functions of (x, y), which differences of losses (MEHA, F2SA) need. Weights are drawn from a
     normal distribution of standard deviation 0.02, those into the residual stream from 0.02 / sqrt(2 depth); biases are
-    0. All of that as in GPT-2. With the defaults 120 768 parameters.
+    0. All of that as in GPT-2. With the defaults 120 576 parameters.
 
     Args:
         tokens: size of the vocabulary. Default 256: bytes.
