@@ -4,7 +4,7 @@
 
 ``weights`` runs the shipped configs ``reweighting/text_*`` with seeds 0, 1, ... and prints the first upper iteration
 after which the damaged source's weight is below 0.2, and the weight at the end. Then networks are trained from scratch
-by Adam (step 0.003, 600 steps of 32 windows) with these weights held fixed, with equal weights, on the clean source
+by Adam (step 0.003, 400 steps of 32 windows) with these weights held fixed, with equal weights, on the clean source
 alone (which nobody knows outside experiments), and on the validation text alone, all from the same initial weights
 and, but for the last, on the same minibatches; printed are the bits per byte of the test text at the end, and half the
 width of the 95 % confidence interval over the seeds (Student). Nothing is selected on it.
@@ -44,7 +44,7 @@ from bilevel_lightning.task import Minibatches
 from bilevel_lightning.tasks import TextReweighting
 
 CONFIGS = ["text_sama", "text_f2sa", "text_meha", "text_lora", "text_bf16"]
-STEPS = 600
+STEPS = 400
 
 
 def learnt(config: str, seed: int) -> list[float]:
