@@ -163,7 +163,9 @@ def test_a_sequence_s_loss_is_the_mean_over_its_positions(shape):
     torch.testing.assert_close(task.lower_loss((tokens, targets, torch.arange(6), source)), (weights * expected).mean())
     with torch.no_grad():
         found = task.metrics({"lower": (tokens, targets, torch.arange(6), source), "upper": (tokens, targets)})
-    assert float(found["accuracy"]) == pytest.approx(float((table.detach()[tokens].argmax(-1) == targets).double().mean()))
+    assert float(found["accuracy"]) == pytest.approx(
+        float((table.detach()[tokens].argmax(-1) == targets).double().mean())
+    )
     assert ("balanced_accuracy" in found) == (shape == (6,))
     assert float(found["source_weight_2"]) == pytest.approx(float(task.upper.logits.detach().softmax(0)[2]))
 
