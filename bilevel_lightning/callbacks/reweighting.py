@@ -21,6 +21,7 @@ from bilevel_lightning.datamodules.iterations import Iterations, Whole
 from bilevel_lightning.datamodules.levels import TwoLevelData
 from bilevel_lightning.dynamics import Dynamics
 from bilevel_lightning.models.weights import LossWeights, SourceWeights
+from bilevel_lightning.task import Minibatches
 
 SHOWN = 1000  # training samples whose losses are drawn
 COLOURS = {"clean": "#2c7fb8", "corrupted": "#c1272d", "all": "#2c7fb8"}
@@ -227,14 +228,15 @@ def trained_equally(
     control.train()
     state = dynamics.start(tree.detach(tree.of(model)))
     for k in range(iterations):
-        problem, _, _ = bind(control, batch(k), {})
+        both = batch(k)
+        problem, _, _ = bind(control, both, {})
         problem = problem.blend(share, 1 - share) if share else problem
         for t in range(k * steps, (k + 1) * steps):
             state = dynamics.step(problem, {}, state, t)
         if running_norms(model):
             tree.assign(model, state[0])
             with torch.no_grad():
-                problem.g({}, tree.of(model))
+                control.lower_loss(both["lower"][0] if isinstance(both["lower"], Minibatches) else both["lower"])
     tree.assign(model, state[0])
     return control
 
