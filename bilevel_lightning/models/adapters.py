@@ -93,9 +93,10 @@ class LowRank(nn.Module):
         rank: r of the adapters. Default 4, in the middle of the paper's 1 to 64.
         alpha: their scale, divided by the rank. Default 8, twice the rank.
         layers: regular expression, found (`re.search`) in the names of the adapted layers: `torch.nn.Linear`, or
-            Hugging Face's ``Conv1D``. Default: all of them. The paper adapts the attention only: ``qkv|out`` in `GPT`.
+            Hugging Face's ``Conv1D``. Default ``.``: all of them. The paper adapts the attention only: ``qkv|out`` in
+            `GPT`.
         trained: regular expression, found in the names of parameters that are trained beside the adapters, such as
-            ``embedding|norm`` where the network was not trained before. Default: none.
+            ``embedding|norm`` where the network was not trained before. Default: empty, none.
 
     Raises:
         BilevelError: if a number is not positive, or nothing has such a name.
@@ -106,7 +107,7 @@ class LowRank(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, rank: int = 4, alpha: float = 8.0, layers: str = "", trained: str | None = None
+        self, model: nn.Module, rank: int = 4, alpha: float = 8.0, layers: str = ".", trained: str = ""
     ) -> None:
         super().__init__()
         positive("LowRank.rank", rank)
@@ -118,7 +119,7 @@ class LowRank(nn.Module):
             raise BilevelError(f"LowRank.model={type(model).__name__} has no linear layer: train it whole.")
         names = _matching("LowRank.layers", layers, linears, "linear layer")
         parameters = dict(model.named_parameters())
-        kept = [] if trained is None else _matching("LowRank.trained", trained, [*parameters], "parameter")
+        kept = _matching("LowRank.trained", trained, [*parameters], "parameter") if trained else []
         for name, p in parameters.items():
             p.requires_grad_(name in kept)
         for name in names:

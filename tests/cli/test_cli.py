@@ -209,11 +209,11 @@ def test_shipped_text_configs_run(name):
     assert len([row for row in rows if row["train/upper_loss"]]) == 2
     assert [row for row in rows if row["val/bits_per_byte"] and row["val/source_weight_1"]]
     assert (folder / "source_weights.png").stat().st_size > 1000
-    run("test", "--ckpt_path", str(checkpoint()), "--trainer.default_root_dir", "tested")
-    run("predict", "--ckpt_path", str(checkpoint()), "--trainer.default_root_dir", "predicted")
-    (table,) = Path("predicted").rglob("predictions.csv")
-    with table.open() as file:
-        assert len(list(csv.DictReader(file))) == 2 * 124
+    if "lora" in name:
+        run("predict", "--ckpt_path", str(checkpoint()), "--trainer.default_root_dir", "predicted")
+        (table,) = Path("predicted").rglob("predictions.csv")
+        with table.open() as file:
+            assert len(list(csv.DictReader(file))) == 2 * 124
 
 
 @pytest.mark.parametrize("name", of_task("selection"))

@@ -69,6 +69,10 @@ def differences(objective, x, step=1e-5):
     return torch.stack(out).detach()
 
 
+def weight(task, source):
+    return float(task.upper.logits.detach().softmax(0)[source])
+
+
 def relative(a, b):
     return float(((a - b).norm() / b.norm()).detach())
 
@@ -172,24 +176,25 @@ def state(module):
     return {name: t.clone() for name, t in module.state_dict().items()}
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize(("name", "steps"), [("SAMA", 25), ("F2SA", 25), ("MEHA", 60)])
+@pytest.mark.parametrize(
+    ("name", "steps", "seed"), [("SAMA", 25, 0), ("SAMA", 25, 1), ("F2SA", 20, 0), ("MEHA", 45, 0)]
+)
 def test_the_weight_of_the_damaged_source_falls(name, steps, seed):
     module, _ = run(name, steps, seed=seed)
-    assert float(module.task.upper.logits.softmax(0)[1]) < 0.2
+    assert weight(module.task, 1) < 0.2
 
 
 @pytest.mark.parametrize("name", [*METHODS])
 def test_the_same_seed_gives_the_same_bits(name):
-    first, second = (state(run(name, 5)[0]) for _ in range(2))
+    first, second = (state(run(name, 2)[0]) for _ in range(2))
     assert all(torch.equal(t, second[key]) for key, t in first.items())
-    other = state(run(name, 5, seed=1)[0])
+    other = state(run(name, 2, seed=1)[0])
     assert not torch.equal(first["task.upper.logits"], other["task.upper.logits"])
 
 
 def test_it_is_the_damage_that_counts_not_the_order():
     module, _ = run("SAMA", 25, data={"corrupted": {"first": 0.5}})
-    assert float(module.task.upper.logits.softmax(0)[0]) < 0.2
+    assert weight(module.task, 0) < 0.2
 
 
 @pytest.mark.parametrize("name", [*METHODS])
@@ -247,12 +252,12 @@ def test_upper_iterations_in_bfloat16_a_few_windows_at_a_time():
         trainer(1).fit(module, datamodule=TextSources(**DATA))
 
 
+@torch.no_grad()
 def test_metrics_and_predictions():
     torch.manual_seed(0)
     task, data = TextReweighting(GPT(**TINY), SourceWeights(2)), TextSources(**DATA)
     data.setup("fit")
-    with torch.no_grad():
-        task.upper.logits.copy_(torch.tensor([0.0, -1.0]))
+    task.upper.logits.copy_(torch.tensor([0.0, -1.0]))
     (batch,) = data.val_dataloader()
     found = task.metrics(batch)
     probabilities = task.lower(batch["upper"][0]).softmax(2)
@@ -285,7 +290,7 @@ def test_figure_and_scalars(tmp_path):
     curve = [float(row["train/source_weight/second"]) for row in rows if row["train/source_weight/second"]]
     assert len(curve) == 5
     assert curve == sorted(curve, reverse=True)
-    assert curve[-1] == pytest.approx(float(task.upper.logits.softmax(0)[1]), abs=1e-6)
+    assert curve[-1] == pytest.approx(weight(task, 1), abs=1e-6)
     for name in ("bits_per_byte", "source_bits_per_byte_0", "source_bits_per_byte_1", "source_weight_0"):
         assert len([row for row in rows if row[f"val/{name}"]]) == 2
     (report,) = [c for c in loop.callbacks if type(c).__name__ == "SourceWeightCurve"]
@@ -327,8 +332,8 @@ def test_a_model_of_hugging_face_in_its_place():
         "vocab_size": 256, "n_positions": 16, "n_embd": 16, "n_layer": 1, "n_head": 2, "resid_pdrop": 0.0,
         "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": None, "eos_token_id": None,
     }  # fmt: skip
-    module, _ = run("SAMA", 25, model=lambda: HuggingFaceModel(settings=settings))
-    assert float(module.task.upper.logits.softmax(0)[1]) < 0.2
+    module, _ = run("SAMA", 20, model=lambda: HuggingFaceModel(settings=settings))
+    assert weight(module.task, 1) < 0.2
     adapters = lambda: LowRank(HuggingFaceModel(settings=settings), layers="c_attn", trained="wte|ln")
     before = adapters().state_dict().keys()
     module, _ = run("F2SA", 2, model=adapters, samples_at_once=8)
