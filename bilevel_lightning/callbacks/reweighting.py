@@ -94,7 +94,7 @@ class WeightFigure(Callback):
         beside.set_ylabel("training samples")
         grid = torch.linspace(0, top, 200).to(next(weights.parameters()))
         axes.plot(grid.float().cpu(), weights(grid).float().cpu(), color="black")
-        axes.set(xlabel="loss", ylabel="weight", ylim=(0, 1), zorder=1)
+        axes.set(xlabel="loss", ylabel="weight", ylim=(0, None), zorder=1)
         axes.patch.set_visible(False)
 
     @override
