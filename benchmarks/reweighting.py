@@ -28,16 +28,16 @@ from scipy.stats import t as student
 from torch import nn
 
 from bilevel_lightning import DARTS, F2SA, MEHA, SAMA, TRHG, Adam, BilevelModule, GradientDescent, Minibatches, tree
+from bilevel_lightning.binding import bind
 from bilevel_lightning.callbacks import ReweightingReport
 from bilevel_lightning.callbacks.reweighting import trained_equally
 from bilevel_lightning.datamodules import CIFAR10Reweighting, MNISTReweighting, ReweightingData
 from bilevel_lightning.datamodules.iterations import draw
 from bilevel_lightning.models import ConvNet, LossWeights, MLPNet, SampleWeights, SourceWeights
-from bilevel_lightning.problem import bind
 from bilevel_lightning.tasks import Reweighting
 
 TUNING_SEED = 100  # of a split of its own, on whose meta set, 1000 images, the control's step size is chosen
-RATES = (0.03, 0.1, 0.3)
+RATES = (0.01, 0.03, 0.1, 0.3)
 COLUMNS = ("case", "method", "seed", "lr", "iterations", "accuracy", "balanced_accuracy", "cpu_seconds")
 ALGORITHMS: dict[str, Callable[..., BilevelModule]] = {
     "TRHG": partial(TRHG, lower_steps=1, truncation=1),
@@ -87,8 +87,11 @@ CASES = {
         partial(MNISTReweighting, noise_rate=0.4, class_samples=500, upper_batch_size=100),
         100,
         partial(MLPNet, activation="relu"),
-        3000,
-        {"sample weights, T-RHG(1)": Method(by_sample, "TRHG", 0.1), "loss, T-RHG(1)": Method(by_loss, "TRHG", 0.0005)},
+        2000,
+        {
+            "sample weights, T-RHG(1)": Method(by_sample, "TRHG", 0.05),
+            "loss, T-RHG(1)": Method(by_loss, "TRHG", 0.0005),
+        },
     ),
     "cifar10": Case(
         partial(CIFAR10Reweighting, imbalance_factor=100, class_samples=4000, upper_batch_size=100),

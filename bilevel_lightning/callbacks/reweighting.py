@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from bilevel_lightning import tree
+from bilevel_lightning.binding import bind, running_norms
 from bilevel_lightning.datamodules.iterations import Iterations, Whole
 from bilevel_lightning.datamodules.levels import TwoLevelData
 from bilevel_lightning.dynamics import Dynamics
 from bilevel_lightning.models.weights import LossWeights, SourceWeights
-from bilevel_lightning.problem import bind, running_norms
 from bilevel_lightning.task import Minibatches
 
 SHOWN = 1000  # training samples whose losses are drawn
