@@ -91,6 +91,9 @@ CASES = {
         {
             "sample weights, T-RHG(1)": Method(by_sample, "TRHG", 0.05),
             "loss, T-RHG(1)": Method(by_loss, "TRHG", 0.0005),
+            "sample weights, SAMA": Method(by_sample, "SAMA", 0.05),
+            "sample weights, MEHA": Method(by_sample, "MEHA", 0.05),
+            "sample weights, F2SA-2": Method(by_sample, "F2SA", 0.05),
         },
     ),
     "cifar10": Case(
@@ -98,7 +101,13 @@ CASES = {
         10,
         partial(ConvNet, (3, 32, 32), width=32, pooling="stride"),
         1000,
-        {"class weights, DARTS": Method(by_class, "DARTS", 0.03), "loss, DARTS": Method(by_loss, "DARTS", 0.0005)},
+        {
+            "class weights, DARTS": Method(by_class, "DARTS", 0.03),
+            "loss, DARTS": Method(by_loss, "DARTS", 0.0005),
+            "class weights, SAMA": Method(by_class, "SAMA", 0.03),
+            "class weights, MEHA": Method(by_class, "MEHA", 0.03),
+            "class weights, F2SA-2": Method(by_class, "F2SA", 0.03),
+        },
     ),
 }
 

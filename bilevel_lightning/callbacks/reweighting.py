@@ -158,7 +158,7 @@ class ReweightingReport(Callback):
         lower, upper = (len(samples[0]) for samples in data.levels())
         tasks = {"reweighted (y)": module.hooks}
         if self.controls:
-            with module._aside(), torch.inference_mode(False):
+            with module.aside(), torch.inference_mode(False):
                 for name, share in (("equal weights", 0.0), ("equal weights, meta set too", upper / (lower + upper))):
                     tasks[name] = trained_equally(
                         module.hooks,
