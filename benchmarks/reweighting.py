@@ -163,7 +163,13 @@ def reweighted(runs: Runs, name: str, label: str, seed: int) -> None:
     report = ReweightingReport(controls=False)
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     loop = Trainer(
-        accelerator="cpu", max_steps=case.iterations, max_epochs=-1, limit_val_batches=0, callbacks=[report], **off
+        accelerator="cpu",
+        max_steps=case.iterations,
+        max_epochs=-1,
+        limit_val_batches=0,
+        callbacks=[report],
+        default_root_dir=runs.path.parent,  # where the figure goes
+        **off,
     )
     start = time.process_time()
     loop.fit(module_of(method, task), datamodule=data)
