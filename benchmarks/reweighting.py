@@ -30,7 +30,7 @@ from torch import nn
 from bilevel_lightning import DARTS, F2SA, MEHA, SAMA, TRHG, Adam, BilevelModule, GradientDescent, Minibatches, tree
 from bilevel_lightning.binding import bind
 from bilevel_lightning.callbacks import ReweightingReport
-from bilevel_lightning.callbacks.reweighting import trained_equally
+from bilevel_lightning.callbacks.reweighting import Equal, trained_equally
 from bilevel_lightning.datamodules import CIFAR10Reweighting, MNISTReweighting, ReweightingData
 from bilevel_lightning.datamodules.iterations import draw
 from bilevel_lightning.models import ConvNet, LossWeights, MLPNet, SampleWeights, SourceWeights
@@ -243,12 +243,13 @@ class Iterated:
             return torch.rand(100, *shape), labels, torch.arange(100), labels
 
         made = {"loss": LossWeights, "class": partial(SourceWeights, 10), "sample": partial(SampleWeights, 5000)}
-        self.task = Reweighting(model, made[weights](), normalize=True)
-        self.batch = {"lower": Minibatches([samples(), samples()]), "upper": samples()[:2]}
-        self.module = None
+        self.task = Reweighting(model, Equal() if algorithm == "plain" else made[weights](), normalize=True)
+        self.module, number = None, 1
         if algorithm != "plain":
             self.module = module_of(Method(by_loss, algorithm, 0.001), self.task)
             self.module.configure_model()
+            number = self.module.minibatches(0)[0]
+        self.batch = {"lower": Minibatches(samples() for _ in range(number)), "upper": samples()[:2]}
 
     def run(self, number: int) -> None:
         """Runs some iterations; x does not move."""
@@ -274,14 +275,13 @@ def costs(rounds: int) -> Table:
     table = Table("network", "weights", "algorithm", "ms", "/ plain step", "peak MiB", "/ plain step")
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     for name, weights in (("mnist", "sample"), ("mnist", "loss"), ("cifar10", "class"), ("cifar10", "loss")):
-        kinds = {a: Iterated(name, "class" if a == "plain" else weights, a) for a in ("plain", *ALGORITHMS)}
+        kinds = {a: Iterated(name, weights, a) for a in ("plain", *ALGORITHMS)}
         for kind in kinds.values():
             kind.run(2)
         times = [{a: seconds(time.process_time, k.run, 5) / 5 for a, k in kinds.items()} for _ in range(rounds)]
-        memory = {}
-        for a in kinds:
-            command = [sys.executable, __file__, "--measure", name, "class" if a == "plain" else weights, a]
-            memory[a] = float(subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE).stdout)
+        command = [sys.executable, __file__, "--measure", name, weights]
+        lines = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+        memory = dict(zip(kinds, map(float, lines), strict=True))
         for a in kinds:
             taken, ratio = median(t[a] for t in times), median(t[a] / t["plain"] for t in times)
             cells = f"{1000 * taken:.1f}", f"{ratio:.1f}", f"{memory[a]:.1f}", f"{memory[a] / memory['plain']:.1f}"
@@ -297,14 +297,15 @@ def main() -> None:
     parser.add_argument("--method", action="append", help="only this method besides the controls (may be repeated)")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default 3)")
     parser.add_argument("--cost", type=int, metavar="ROUNDS", help="measure time and memory instead")
-    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     if args.measure:
-        iterated = Iterated(*args.measure)
-        print(peak(SimpleNamespace(steps=2), lambda _, number: iterated.run(number)))
+        for algorithm in ("plain", *ALGORITHMS):
+            iterated = Iterated(*args.measure, algorithm)
+            print(peak(SimpleNamespace(steps=2), lambda _, number, i=iterated: i.run(number)))
     elif args.cost:
         Console(width=120).print(costs(args.cost))
     else:
