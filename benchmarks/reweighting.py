@@ -13,7 +13,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import mean, median, stdev
 from types import SimpleNamespace
@@ -37,7 +37,6 @@ from bilevel_lightning.models import ConvNet, LossWeights, MLPNet, SampleWeights
 from bilevel_lightning.tasks import Reweighting
 
 TUNING_SEED = 100  # of a split of its own, on whose meta set, 1000 images, the control's step size is chosen
-RATES = (0.01, 0.03, 0.1, 0.3)
 COLUMNS = ("case", "method", "seed", "lr", "iterations", "accuracy", "balanced_accuracy", "cpu_seconds")
 ALGORITHMS: dict[str, Callable[..., BilevelModule]] = {
     "TRHG": partial(TRHG, lower_steps=1, truncation=1),
@@ -64,6 +63,7 @@ class Case(NamedTuple):
     meta_per_class: int
     model: Callable[[], nn.Module]
     iterations: int
+    rates: tuple[float, ...]
     methods: dict[str, Method]
 
 
@@ -88,6 +88,7 @@ CASES = {
         100,
         partial(MLPNet, activation="relu"),
         2000,
+        (0.01, 0.03, 0.1, 0.3),
         {
             "sample weights, T-RHG(1)": Method(by_sample, "TRHG", 0.05),
             "loss, T-RHG(1)": Method(by_loss, "TRHG", 0.0005),
@@ -100,7 +101,8 @@ CASES = {
         partial(CIFAR10Reweighting, imbalance_factor=100, class_samples=4000, upper_batch_size=100),
         10,
         partial(ConvNet, (3, 32, 32), width=32, pooling="stride"),
-        1000,
+        800,
+        (0.03, 0.1, 0.3),
         {
             "class weights, DARTS": Method(by_class, "DARTS", 0.03),
             "loss, DARTS": Method(by_loss, "DARTS", 0.0005),
@@ -110,6 +112,16 @@ CASES = {
         },
     ),
 }
+
+
+@lru_cache(maxsize=1)
+def data_of(name: str, seed: int) -> ReweightingData:
+    """Returns the data of a case, set up."""
+    case = CASES[name]
+    meta = 100 if seed == TUNING_SEED else case.meta_per_class
+    data = case.data(meta_per_class=meta, seed=seed, epoch_length=case.iterations)
+    data.setup()
+    return data
 
 
 def module_of(method: Method, task: Reweighting) -> BilevelModule:
@@ -156,8 +168,7 @@ def reweighted(runs: Runs, name: str, label: str, seed: int) -> None:
     case, method = CASES[name], CASES[name].methods[label]
     if runs.has(name, label, seed, method.lr):
         return
-    data = case.data(meta_per_class=case.meta_per_class, seed=seed, epoch_length=case.iterations)
-    data.setup()
+    data = data_of(name, seed)
     torch.manual_seed(seed)
     task = Reweighting(case.model(), method.weights(len(data.train[1])), normalize=True)
     report = ReweightingReport(controls=False)
@@ -184,8 +195,7 @@ def equal(runs: Runs, name: str, seed: int, lr: float, *, meta: bool = False, tu
     if runs.has(name, label, seed, lr):
         return
     case = CASES[name]
-    data = case.data(meta_per_class=100 if tuning else case.meta_per_class, seed=seed)
-    data.setup()
+    data = data_of(name, seed)
     lower, upper = data.levels()
 
     def batch(k: int) -> dict[str, Any]:
@@ -205,25 +215,32 @@ def equal(runs: Runs, name: str, seed: int, lr: float, *, meta: bool = False, tu
 
 def tuned(runs: Runs, name: str) -> float:
     """Returns the step size with which equal weights do best on the split for tuning."""
-    for lr in RATES:
+    for lr in CASES[name].rates:
         equal(runs, name, TUNING_SEED, lr, tuning=True)
     found = {r["lr"]: float(r["accuracy"]) for r in runs.rows if (r["case"], r["method"]) == (name, "tuning")}
     return float(max(found, key=lambda lr: found[lr]))
 
 
+def interval(values: list[float]) -> str:
+    """Returns mean and half the width of the 95 % interval (Student's t)."""
+    n = len(values)
+    if n < 2:
+        return f"{values[0]:.2f}" if values else ""
+    return f"{mean(values):.2f} ± {student.ppf(0.975, n - 1) * stdev(values) / n**0.5:.2f}"
+
+
 def summary(runs: Runs) -> Table:
-    """Returns means and half the widths of 95 % intervals (Student's t) over the seeds."""
+    """Returns means over the seeds with their intervals, and of the differences to equal weights with the same seed."""
     groups: dict[tuple[str, str, str], list[dict[str, str]]] = defaultdict(list)
     for row in runs.rows:
         groups[row["case"], row["method"], row["lr"]].append(row)
-    table = Table("case", "method", "lr", "seeds", "accuracy %", "balanced accuracy %")
-    for key, rows in groups.items():
-        cells = []
-        for column in ("accuracy", "balanced_accuracy"):
-            values, n = [100 * float(row[column]) for row in rows], len(rows)
-            width = student.ppf(0.975, n - 1) * stdev(values) / n**0.5 if n > 1 else float("nan")
-            cells.append(f"{mean(values):.2f} ± {width:.2f}")
-        table.add_row(*key, str(len(rows)), *cells)
+    table = Table("case", "method", "lr", "seeds", "accuracy %", "balanced accuracy %", "above equal weights")
+    for (case, method, lr), rows in groups.items():
+        cells = [interval([100 * float(row[column]) for row in rows]) for column in ("accuracy", "balanced_accuracy")]
+        peers = {r["seed"]: r for r in runs.rows if (r["case"], r["method"]) == (case, "equal weights")}
+        pairs = [(row, peers[row["seed"]]) for row in rows if row["seed"] in peers]
+        above = [100 * (float(row["accuracy"]) - float(peer["accuracy"])) for row, peer in pairs]
+        table.add_row(case, method, lr, str(len(rows)), *cells, interval(above))
     return table
 
 
@@ -311,14 +328,13 @@ def main() -> None:
     else:
         runs = Runs(args.out)
         for name in args.case or CASES:
+            lr = tuned(runs, name)
             for seed in range(args.seeds):
                 for label in args.method or CASES[name].methods:
                     if label in CASES[name].methods:
                         reweighted(runs, name, label, seed)
-            lr = tuned(runs, name)
-            for seed in range(args.seeds):
-                for meta in (False, True):
-                    equal(runs, name, seed, lr, meta=meta)
+                equal(runs, name, seed, lr)
+                equal(runs, name, seed, lr, meta=True)
         Console(width=120).print(summary(runs))
 
 
