@@ -13,7 +13,7 @@ import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from statistics import mean, median, stdev
 from types import SimpleNamespace
@@ -28,16 +28,15 @@ from scipy.stats import t as student
 from torch import nn
 
 from bilevel_lightning import DARTS, F2SA, MEHA, SAMA, TRHG, Adam, BilevelModule, GradientDescent, Minibatches, tree
+from bilevel_lightning.binding import bind
 from bilevel_lightning.callbacks import ReweightingReport
-from bilevel_lightning.callbacks.reweighting import trained_equally
+from bilevel_lightning.callbacks.reweighting import Equal, trained_equally
 from bilevel_lightning.datamodules import CIFAR10Reweighting, MNISTReweighting, ReweightingData
 from bilevel_lightning.datamodules.iterations import draw
 from bilevel_lightning.models import ConvNet, LossWeights, MLPNet, SampleWeights, SourceWeights
-from bilevel_lightning.problem import bind
 from bilevel_lightning.tasks import Reweighting
 
 TUNING_SEED = 100  # of a split of its own, on whose meta set, 1000 images, the control's step size is chosen
-RATES = (0.03, 0.1, 0.3)
 COLUMNS = ("case", "method", "seed", "lr", "iterations", "accuracy", "balanced_accuracy", "cpu_seconds")
 ALGORITHMS: dict[str, Callable[..., BilevelModule]] = {
     "TRHG": partial(TRHG, lower_steps=1, truncation=1),
@@ -64,6 +63,7 @@ class Case(NamedTuple):
     meta_per_class: int
     model: Callable[[], nn.Module]
     iterations: int
+    rates: tuple[float, ...]
     methods: dict[str, Method]
 
 
@@ -87,17 +87,41 @@ CASES = {
         partial(MNISTReweighting, noise_rate=0.4, class_samples=500, upper_batch_size=100),
         100,
         partial(MLPNet, activation="relu"),
-        3000,
-        {"sample weights, T-RHG(1)": Method(by_sample, "TRHG", 0.1), "loss, T-RHG(1)": Method(by_loss, "TRHG", 0.0005)},
+        2000,
+        (0.01, 0.03, 0.1, 0.3),
+        {
+            "sample weights, T-RHG(1)": Method(by_sample, "TRHG", 0.05),
+            "loss, T-RHG(1)": Method(by_loss, "TRHG", 0.0005),
+            "sample weights, SAMA": Method(by_sample, "SAMA", 0.05),
+            "sample weights, MEHA": Method(by_sample, "MEHA", 0.05),
+            "sample weights, F2SA-2": Method(by_sample, "F2SA", 0.05),
+        },
     ),
     "cifar10": Case(
         partial(CIFAR10Reweighting, imbalance_factor=100, class_samples=4000, upper_batch_size=100),
         10,
         partial(ConvNet, (3, 32, 32), width=32, pooling="stride"),
-        1000,
-        {"class weights, DARTS": Method(by_class, "DARTS", 0.03), "loss, DARTS": Method(by_loss, "DARTS", 0.0005)},
+        800,
+        (0.03, 0.1, 0.3),
+        {
+            "class weights, DARTS": Method(by_class, "DARTS", 0.03),
+            "loss, DARTS": Method(by_loss, "DARTS", 0.0005),
+            "class weights, SAMA": Method(by_class, "SAMA", 0.03),
+            "class weights, MEHA": Method(by_class, "MEHA", 0.03),
+            "class weights, F2SA-2": Method(by_class, "F2SA", 0.03),
+        },
     ),
 }
+
+
+@lru_cache(maxsize=1)
+def data_of(name: str, seed: int) -> ReweightingData:
+    """Returns the data of a case, set up."""
+    case = CASES[name]
+    meta = 100 if seed == TUNING_SEED else case.meta_per_class
+    data = case.data(meta_per_class=meta, seed=seed, epoch_length=case.iterations)
+    data.setup()
+    return data
 
 
 def module_of(method: Method, task: Reweighting) -> BilevelModule:
@@ -144,14 +168,19 @@ def reweighted(runs: Runs, name: str, label: str, seed: int) -> None:
     case, method = CASES[name], CASES[name].methods[label]
     if runs.has(name, label, seed, method.lr):
         return
-    data = case.data(meta_per_class=case.meta_per_class, seed=seed, epoch_length=case.iterations)
-    data.setup()
+    data = data_of(name, seed)
     torch.manual_seed(seed)
     task = Reweighting(case.model(), method.weights(len(data.train[1])), normalize=True)
     report = ReweightingReport(controls=False)
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     loop = Trainer(
-        accelerator="cpu", max_steps=case.iterations, max_epochs=-1, limit_val_batches=0, callbacks=[report], **off
+        accelerator="cpu",
+        max_steps=case.iterations,
+        max_epochs=-1,
+        limit_val_batches=0,
+        callbacks=[report],
+        default_root_dir=runs.path.parent,  # where the figure goes
+        **off,
     )
     start = time.process_time()
     loop.fit(module_of(method, task), datamodule=data)
@@ -166,8 +195,7 @@ def equal(runs: Runs, name: str, seed: int, lr: float, *, meta: bool = False, tu
     if runs.has(name, label, seed, lr):
         return
     case = CASES[name]
-    data = case.data(meta_per_class=100 if tuning else case.meta_per_class, seed=seed)
-    data.setup()
+    data = data_of(name, seed)
     lower, upper = data.levels()
 
     def batch(k: int) -> dict[str, Any]:
@@ -187,25 +215,32 @@ def equal(runs: Runs, name: str, seed: int, lr: float, *, meta: bool = False, tu
 
 def tuned(runs: Runs, name: str) -> float:
     """Returns the step size with which equal weights do best on the split for tuning."""
-    for lr in RATES:
+    for lr in CASES[name].rates:
         equal(runs, name, TUNING_SEED, lr, tuning=True)
     found = {r["lr"]: float(r["accuracy"]) for r in runs.rows if (r["case"], r["method"]) == (name, "tuning")}
     return float(max(found, key=lambda lr: found[lr]))
 
 
+def interval(values: list[float]) -> str:
+    """Returns mean and half the width of the 95 % interval (Student's t)."""
+    n = len(values)
+    if n < 2:
+        return f"{values[0]:.2f}" if values else ""
+    return f"{mean(values):.2f} ± {student.ppf(0.975, n - 1) * stdev(values) / n**0.5:.2f}"
+
+
 def summary(runs: Runs) -> Table:
-    """Returns means and half the widths of 95 % intervals (Student's t) over the seeds."""
+    """Returns means over the seeds with their intervals, and of the differences to equal weights with the same seed."""
     groups: dict[tuple[str, str, str], list[dict[str, str]]] = defaultdict(list)
     for row in runs.rows:
         groups[row["case"], row["method"], row["lr"]].append(row)
-    table = Table("case", "method", "lr", "seeds", "accuracy %", "balanced accuracy %")
-    for key, rows in groups.items():
-        cells = []
-        for column in ("accuracy", "balanced_accuracy"):
-            values, n = [100 * float(row[column]) for row in rows], len(rows)
-            width = student.ppf(0.975, n - 1) * stdev(values) / n**0.5 if n > 1 else float("nan")
-            cells.append(f"{mean(values):.2f} ± {width:.2f}")
-        table.add_row(*key, str(len(rows)), *cells)
+    table = Table("case", "method", "lr", "seeds", "accuracy %", "balanced accuracy %", "above equal weights")
+    for (case, method, lr), rows in groups.items():
+        cells = [interval([100 * float(row[column]) for row in rows]) for column in ("accuracy", "balanced_accuracy")]
+        peers = {r["seed"]: r for r in runs.rows if (r["case"], r["method"]) == (case, "equal weights")}
+        pairs = [(row, peers[row["seed"]]) for row in rows if row["seed"] in peers]
+        above = [100 * (float(row["accuracy"]) - float(peer["accuracy"])) for row, peer in pairs]
+        table.add_row(case, method, lr, str(len(rows)), *cells, interval(above))
     return table
 
 
@@ -225,12 +260,13 @@ class Iterated:
             return torch.rand(100, *shape), labels, torch.arange(100), labels
 
         made = {"loss": LossWeights, "class": partial(SourceWeights, 10), "sample": partial(SampleWeights, 5000)}
-        self.task = Reweighting(model, made[weights](), normalize=True)
-        self.batch = {"lower": Minibatches([samples(), samples()]), "upper": samples()[:2]}
-        self.module = None
+        self.task = Reweighting(model, Equal() if algorithm == "plain" else made[weights](), normalize=True)
+        self.module, number = None, 1
         if algorithm != "plain":
             self.module = module_of(Method(by_loss, algorithm, 0.001), self.task)
             self.module.configure_model()
+            number = self.module.minibatches(0)[0]
+        self.batch = {"lower": Minibatches(samples() for _ in range(number)), "upper": samples()[:2]}
 
     def run(self, number: int) -> None:
         """Runs some iterations; x does not move."""
@@ -256,14 +292,13 @@ def costs(rounds: int) -> Table:
     table = Table("network", "weights", "algorithm", "ms", "/ plain step", "peak MiB", "/ plain step")
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     for name, weights in (("mnist", "sample"), ("mnist", "loss"), ("cifar10", "class"), ("cifar10", "loss")):
-        kinds = {a: Iterated(name, "class" if a == "plain" else weights, a) for a in ("plain", *ALGORITHMS)}
+        kinds = {a: Iterated(name, weights, a) for a in ("plain", *ALGORITHMS)}
         for kind in kinds.values():
             kind.run(2)
         times = [{a: seconds(time.process_time, k.run, 5) / 5 for a, k in kinds.items()} for _ in range(rounds)]
-        memory = {}
-        for a in kinds:
-            command = [sys.executable, __file__, "--measure", name, "class" if a == "plain" else weights, a]
-            memory[a] = float(subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE).stdout)
+        command = [sys.executable, __file__, "--measure", name, weights]
+        lines = subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+        memory = dict(zip(kinds, map(float, lines), strict=True))
         for a in kinds:
             taken, ratio = median(t[a] for t in times), median(t[a] / t["plain"] for t in times)
             cells = f"{1000 * taken:.1f}", f"{ratio:.1f}", f"{memory[a]:.1f}", f"{memory[a] / memory['plain']:.1f}"
@@ -279,27 +314,27 @@ def main() -> None:
     parser.add_argument("--method", action="append", help="only this method besides the controls (may be repeated)")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default 3)")
     parser.add_argument("--cost", type=int, metavar="ROUNDS", help="measure time and memory instead")
-    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     if args.measure:
-        iterated = Iterated(*args.measure)
-        print(peak(SimpleNamespace(steps=2), lambda _, number: iterated.run(number)))
+        for algorithm in ("plain", *ALGORITHMS):
+            iterated = Iterated(*args.measure, algorithm)
+            print(peak(SimpleNamespace(steps=2), lambda _, number, i=iterated: i.run(number)))
     elif args.cost:
         Console(width=120).print(costs(args.cost))
     else:
         runs = Runs(args.out)
         for name in args.case or CASES:
+            lr = tuned(runs, name)
             for seed in range(args.seeds):
                 for label in args.method or CASES[name].methods:
                     if label in CASES[name].methods:
                         reweighted(runs, name, label, seed)
-            lr = tuned(runs, name)
-            for seed in range(args.seeds):
-                for meta in (False, True):
-                    equal(runs, name, seed, lr, meta=meta)
+                equal(runs, name, seed, lr)
+                equal(runs, name, seed, lr, meta=True)
         Console(width=120).print(summary(runs))
 
 

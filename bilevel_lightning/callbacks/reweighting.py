@@ -36,7 +36,7 @@ class WeightFigure(Callback):
     it, the mean weight of each source's samples.
 
     Attributes:
-        path: upper iterations and the weights of the sources there, one pair for each validation.
+        path: upper iterations and the weights of the sources there: at the beginning, at each validation, at the end.
     """
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class WeightFigure(Callback):
         if isinstance(task.upper, LossWeights):
             self._function(axes[0], task.upper, losses, kinds)
         elif isinstance(task.upper, SourceWeights):
-            steps, values = zip(*self.path, strict=True) if self.path else ((), ())
+            steps, values = zip(*self.path, strict=True)
             for s, line in enumerate(zip(*values, strict=True)):
                 axes[0].plot(steps, line, marker=".", label=f"source {s}")
             axes[0].set(xlabel="upper iteration", ylabel="weight", ylim=(0, None))
@@ -80,9 +80,12 @@ class WeightFigure(Callback):
         else:
             _histogram(axes[0], weights, kinds, (0.0, 1.0))
             axes[0].set(xlabel="weight", ylabel="training samples")
-        sources = source.unique()
+        sources = source.unique().tolist()
         means = [float(weights[source == s].mean()) for s in sources]
-        axes[1].bar(sources.numpy(), means, color=COLOURS["all"])
+        if isinstance(task.upper, SourceWeights):
+            means = task.upper.logits.softmax(0).tolist()
+            sources = [*range(len(means))]  # those samples may lack a rare one
+        axes[1].bar(sources, means, color=COLOURS["all"])
         axes[1].set(xlabel="source (class)", ylabel="mean weight")
         axes[1].xaxis.get_major_locator().set_params(integer=True)
         return figure
@@ -94,17 +97,26 @@ class WeightFigure(Callback):
         beside.set_ylabel("training samples")
         grid = torch.linspace(0, top, 200).to(next(weights.parameters()))
         axes.plot(grid.float().cpu(), weights(grid).float().cpu(), color="black")
-        axes.set(xlabel="loss", ylabel="weight", ylim=(0, 1), zorder=1)
+        axes.set(xlabel="loss", ylabel="weight", ylim=(0, None), zorder=1)
         axes.patch.set_visible(False)
+
+    def _note(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        task: Any = pl_module.hooks
+        step = trainer.global_step
+        if isinstance(task.upper, SourceWeights) and (not self.path or self.path[-1][0] != step):
+            self.path.append((step, task.upper.logits.detach().softmax(0).tolist()))
+
+    @override
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._note(trainer, pl_module)
 
     @override
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        task: Any = pl_module.hooks
         if not _shown(trainer) or trainer.sanity_checking:
             return
-        if isinstance(task.upper, SourceWeights):
-            self.path.append((trainer.global_step, task.upper.logits.detach().softmax(0).tolist()))
+        self._note(trainer, pl_module)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_figure("weights", self.figure(trainer, pl_module), trainer.global_step)
@@ -113,6 +125,7 @@ class WeightFigure(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = trainer.log_dir  # all processes take part in agreeing on it
         if folder is not None and trainer.is_global_zero and _shown(trainer):
+            self._note(trainer, pl_module)
             Path(folder).mkdir(parents=True, exist_ok=True)
             self.figure(trainer, pl_module).savefig(Path(folder) / "weights.png", dpi=120)
 

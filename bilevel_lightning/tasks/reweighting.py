@@ -23,7 +23,7 @@ class Reweighting(BilevelTask):
 
     Upper: f(y) = mean over the meta samples of l_j(y).
     Lower: g(x, y) = mean over the training samples of w_i(x) l_i(y) + l2 |y|^2; with ``normalize`` the weights of each
-    minibatch are divided by their mean.
+    minibatch (with several processes, of each one's part) are divided by their mean.
 
     l_i is the cross-entropy of ``model(inputs)``, whose last dimension are the classes; for outputs of shape ``(batch,
     length, vocabulary)`` with targets ``(batch, length)`` the mean over the positions, so that a language model fits.
@@ -148,7 +148,13 @@ class Reweighting(BilevelTask):
     def check_data(self, datamodule: LightningDataModule) -> None:
         if not isinstance(datamodule, TwoLevelData):
             return
-        inputs, targets, index, source = datamodule.levels()[0]
+        lower = datamodule.levels()[0]
+        if len(lower) != 4:
+            raise BilevelError(
+                f"Reweighting needs lower samples (inputs, targets, index, source), and those of "
+                f"{type(datamodule).__name__} have {len(lower)} parts: use one of the ...Reweighting data modules."
+            )
+        inputs, targets, index, source = lower
         if isinstance(self.upper, SampleWeights) and len(self.upper.logits) != len(index):
             raise BilevelError(
                 f"SampleWeights has {len(self.upper.logits)} weights but the data {len(index)} training samples: set "

@@ -70,6 +70,7 @@ def test_what_the_figure_draws(run):
     assert list(bars) == list(range(10))
     for c, height in bars.items():
         assert height == pytest.approx(float(weights[part[3] == c].mean()), rel=1e-5)
+        assert kind != "source" or height == pytest.approx(float(module.task.upper.logits.detach().softmax(0)[c]))
     if kind == "loss":
         (line,) = axes[0].lines
         losses = module.task.losses(*part[:2]).detach()
@@ -85,7 +86,8 @@ def test_what_the_figure_draws(run):
         assert len(axes[0].lines) == 10
         last = torch.stack([torch.tensor(line.get_ydata()) for line in axes[0].lines])[:, -1]
         assert torch.allclose(last.float(), module.task.upper.logits.detach().softmax(0))
-        assert [step for step, _ in callback.path] == [10, 20, 30]
+        assert [step for step, _ in callback.path] == [0, 10, 20, 30]
+        assert callback.path[0][1] == pytest.approx([0.1] * 10)
         again = WeightFigure()
         again.load_state_dict(callback.state_dict())
         assert again.path == callback.path
@@ -146,8 +148,9 @@ def test_controls_advance_running_statistics(run):
 def test_without_controls_or_a_data_module(tmp_path):
     report = ReweightingReport(controls=False)
     loop = trainer(1, tmp_path, callbacks=[report])
-    loop.fit(module_of("loss"), datamodule=DigitsReweighting(epoch_length=1))
+    loop.fit(module_of("source"), datamodule=DigitsReweighting(class_samples=5, lower_batch_size=20, epoch_length=1))
     assert list(report.rows) == ["reweighted (y)"]
+    assert [step for step, _ in own(loop, WeightFigure).path] == [0, 1]
     data = DigitsReweighting()
     data.setup()
     batch = Whole({"lower": data.train, "upper": data.meta})

@@ -4,10 +4,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from bilevel_lightning import DARTS, F2SA, MEHA, SAMA, TRHG, BilevelError, GradientDescent, Minibatches, Momentum, tree
-from bilevel_lightning.datamodules import DigitsReweighting
+from bilevel_lightning.binding import bind
+from bilevel_lightning.datamodules import DigitsCleaning, DigitsReweighting
 from bilevel_lightning.hypergradients import reverse
 from bilevel_lightning.models import ConvNet, LinearNet, LossWeights, MLPNet, SampleWeights, SourceWeights
-from bilevel_lightning.problem import bind
 from bilevel_lightning.tasks import Reweighting
 
 WEIGHTS = {"loss": lambda: LossWeights(7), "sample": lambda: SampleWeights(24), "source": lambda: SourceWeights(10)}
@@ -246,6 +246,13 @@ def test_data_that_do_not_fit(task, message):
     data.setup()
     with pytest.raises(BilevelError, match=message):
         task().check_data(data)
+
+
+def test_data_of_another_task():
+    data = DigitsCleaning()
+    data.setup()
+    with pytest.raises(BilevelError, match="those of DigitsCleaning have 3 parts: use one of the"):
+        task_of(model=LinearNet((1, 8, 8))).check_data(data)
 
 
 def test_impossible_settings():
