@@ -3,11 +3,12 @@
     python benchmarks/text.py [--case weights | cost] [--seeds 3] [--config text_sama] [--rounds 7]
 
 ``weights`` runs the shipped configs ``reweighting/text_*`` with seeds 0, 1, ... and prints the first upper iteration
-after which the damaged source's weight is below 0.2, and the weight at the end. Then networks are trained from scratch
-by Adam (300 steps of 32 windows, step size from 0.003 linearly to 0, gradients clipped to norm 1) with these weights held fixed, with equal weights, on the clean source
-alone (which nobody knows outside experiments), and on the validation text alone, all from the same initial weights
-and, but for the last, on the same minibatches; printed are the bits per byte of the test text at the end, and half the
-width of the 95 % confidence interval over the seeds (Student). Nothing is selected on it.
+after which the damaged source's weight is below 0.2, and the weight at the end. Then networks are trained from
+scratch by Adam (300 steps of 32 windows, step size from 0.003 linearly to 0, gradients clipped to norm 1) with these
+weights held fixed, with equal weights, on the clean source alone (which nobody knows outside experiments), and on the
+validation text alone, all from the same initial weights and, but for the last, on the same minibatches; printed are
+the bits per byte of the test text at the end, and half the width of the 95 % confidence interval over the seeds
+(Student). Nothing is selected on it.
 
 ``cost`` runs one upper iteration of each method on the default network and 32 windows a minibatch, beside ``plain``:
 one step of Adam on y by hand. Seconds are CPU seconds, and the peak memory is measured in a fresh process, both as in
