@@ -180,7 +180,7 @@ def test_shipped_reweighting_configs_run(name, tmp_path, monkeypatch, capsys):
     files.mnist(tmp_path, "FashionMNIST")
     files.cifar_folders(tmp_path, train=120)
     text = Path(config_path(name)).read_text()
-    small = ["--trainer.max_steps=2", "--data.epoch_length=1", "--data.lower_batch_size=16"]
+    small = ["--trainer.max_steps=2", "--data.epoch_length=2", "--data.lower_batch_size=16"]
     if "digits" not in name:
         small += ["--data.meta_per_class=2", "--data.class_samples=10"]
         small += ["--data.imbalance_factor=2"] if "imbalance_factor" in text else []
