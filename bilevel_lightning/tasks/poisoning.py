@@ -112,6 +112,9 @@ class Poisoning(BilevelTask):
             one, then on the other, as in that code. The result is feasible but not the nearest point, with smaller
             norms, which makes attacks weaker (docs/poisoning.md).
 
+        random_start: seed of a random start, the projections of 1000 N(0, 1) as in that code, once the images are
+            known; with 0 it is the *random noise* of `PoisoningReport`. Default None: delta starts at zero.
+
     Raises:
         BilevelError: if a setting is impossible, or the data do not fit the number of samples or the model.
 
@@ -131,6 +134,7 @@ class Poisoning(BilevelTask):
         norm: Norm = "l2",
         ridge: float = 0.1,
         projection: Method = "nearest",
+        random_start: int | None = None,
     ) -> None:
         super().__init__()
         positive("Poisoning.samples", samples)
@@ -142,7 +146,7 @@ class Poisoning(BilevelTask):
         if projection not in get_args(Method):
             raise BilevelError(f"Poisoning.projection must be nearest or ball_then_box, got {projection}.")
         self.upper = Perturbations(int(samples), image_shape, radius, norm, projection)
-        self.lower, self.ridge = model, ridge
+        self.lower, self.ridge, self.random_start = model, ridge, random_start
 
     @override
     def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -209,7 +213,7 @@ class Poisoning(BilevelTask):
 
     @override
     def check_data(self, datamodule: LightningDataModule) -> None:
-        """Also takes the poisoned images from the data, which the projection needs."""
+        """Also takes the poisoned images from the data, which the projection and a random start need."""
         data: Any = datamodule
         images, _, index = data.poisoned
         delta = self.upper.delta
@@ -233,6 +237,9 @@ class Poisoning(BilevelTask):
         if shape != (1, data.classes):
             raise BilevelError(f"task.model returns shape {shape} for one image instead of (1, {data.classes}).")
         self.upper.images = images.to(delta)
+        if self.random_start is not None and not delta.any():  # what was learnt, or loaded, stays
+            with torch.no_grad():
+                delta.copy_(self.upper.noise(self.random_start))
 
     @override
     def callbacks(self) -> list[Callback]:

@@ -461,9 +461,7 @@ def test_a_budget_is_exact_or_refused():
     """With several upper iterations a batch, training would go on to the end of the batch that spends it."""
     module = StocBiO(task=Sums(), upper_iterations=3)
     fitted = trainer(-1, callbacks=[SampleBudget(100)], log_every_n_steps=0)
-    with pytest.raises(
-        BilevelError, match=r"model\.upper_iterations=3 takes that many.*end training by trainer"
-    ):
+    with pytest.raises(BilevelError, match=r"model\.upper_iterations=3 takes that many.*end training by trainer"):
         fitted.fit(module, datamodule=Numbers())
 
 

@@ -299,7 +299,7 @@ def test_module_and_script_are_the_command_line():
         (["--model.lower_stepz", "3"], "Option 'lower_stepz' is not accepted"),
         (["--model.lower_steps", "many"], "Parser key \"lower_steps\": Expected a <class 'int'>. Got value: many"),
         (["--model.lower_steps", "0"], "lower_steps must be at least 1, got 0."),
-        (["--config", "hyper_cleaning/digits_soba", "--model.lower_steps", "7"], "Option 'lower_steps' is not accepted"),
+        (["--config", "hyper_cleaning/digits_soba", "--model.lower_steps", "7"], "'lower_steps' is not accepted"),
         (["--model.truncation", "101"], "truncation K=101 must be between 1 and lower_steps T=100"),
         (["--model.dynamics.lr", "-1"], "Momentum.lr must be a positive number, got -1.0."),
         (["--model.upper_optimizer.lr", "-1"], "upper_optimizer: Invalid learning rate: -1"),
