@@ -304,7 +304,7 @@ def adam_slope(m, v, g, lr, t, b1=0.9, b2=0.999, eps=1e-8):
 def test_there_is_no_setting_for_a_lower_loop_that_is_not():
     """Neither from Python nor, by the signature, from the command line; VRBO alone has steps, of ``lower_lr``."""
     found = {a.__name__ for a in ALGORITHMS if issubclass(a, Loopless)}
-    assert found == {"FSLA", "GPBGD", "MASOBA", "MRBO", "SABA", "SOBA", "SRBA", "SUSTAIN", "VRBO"}
+    assert found == {"BAMM", "FSLA", "GPBGD", "MASOBA", "MRBO", "SABA", "SOBA", "SRBA", "SUSTAIN", "VRBO"}
     for algorithm in ALGORITHMS:
         loopless = algorithm.__name__ in found
         parser = ArgumentParser()

@@ -75,7 +75,7 @@ def test_shipped_numerical_configs_run(name):
     assert "precision: 64-true" in text  # the numbers of docs/numerical.md are those of float64
 
 
-LOOPLESS = ("fsla", "gpbgd", "masoba", "mrbo", "saba", "soba", "srba", "sustain")
+LOOPLESS = ("bamm", "fsla", "gpbgd", "masoba", "mrbo", "saba", "soba", "srba", "sustain")
 
 
 @pytest.mark.parametrize("name", of_task("hyper_cleaning"))
