@@ -264,7 +264,7 @@ MUTATIONS = [
       "tasks/test_poisoning.py::test_rows_in_the_set_are_left_alone"),
     M("retrained-on-clean-images", "callbacks/poisoning.py", "+= delta[index[where]]", "+= 0 * delta[index[where]]",
       "callbacks/test_poisoning.py::test_the_attack_beats_random_noise"),
-    M("retrained-from-the-solved-y", "callbacks/poisoning.py", "self.scratch = deepcopy(task.lower)",
+    M("retrained-from-the-solved-y", "callbacks/retraining.py", "self.scratch = deepcopy(task.lower)",
       "self.scratch = task.lower",
       "callbacks/test_poisoning.py::test_retraining_is_the_lower_loss_from_the_first_weights"),
     M("split-without-classes", "datamodules/poisoning.py", "stratify=labels[[*index]].numpy()", "stratify=None",

@@ -10,6 +10,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 from typing_extensions import override
 
 from bilevel_lightning.callbacks.poisoning import PoisonedImages, PoisoningReport
+from bilevel_lightning.checks import check_classifier
 from bilevel_lightning.errors import BilevelError, positive
 from bilevel_lightning.projections import ORDERS, Ball, BallInBox
 from bilevel_lightning.task import BilevelTask, Minibatches
@@ -227,15 +228,7 @@ class Poisoning(BilevelTask):
                 f"task.image_shape is {tuple(delta.shape[1:])} but the data's images have the shape "
                 f"{tuple(images.shape[1:])}: set it to that."
             )
-        try:
-            with torch.no_grad():
-                shape = tuple(self.lower(images[:1].to(delta)).shape)
-        except RuntimeError as error:
-            raise BilevelError(
-                f"task.model does not accept images of shape {tuple(images.shape[1:])} ({error}); set its image_shape."
-            ) from error
-        if shape != (1, data.classes):
-            raise BilevelError(f"task.model returns shape {shape} for one image instead of (1, {data.classes}).")
+        check_classifier(self.lower, images, data.classes)
         self.upper.images = images.to(delta)
         if self.random_start is not None and not delta.any():  # what was learnt, or loaded, stays
             with torch.no_grad():
