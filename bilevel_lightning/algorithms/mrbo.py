@@ -116,6 +116,8 @@ class VRBO(MRBO):
         J. Yang, K. Ji, Y. Liang. Provably Faster Algorithms for Bilevel Optimization. NeurIPS 2021.
     """
 
+    lower_loop = True
+
     def __init__(self, *, estimator: SARAH = SARAH(10), lower_steps: int = 3, **kwargs: Any) -> None:  # noqa: B008
         super().__init__(estimator=estimator, **kwargs)
         self.lower_steps = int(positive("lower_steps", lower_steps))

@@ -69,7 +69,7 @@ class Loopless(SingleLoop, ABC):
         BilevelError: if one of the two is given.
     """
 
-    lower_rates = "lower_lr"
+    lower_rates, lower_loop = "lower_lr", False
 
     def __init__(self, **kwargs: Any) -> None:
         for name in {"dynamics", "lower_steps"} & kwargs.keys():
