@@ -267,6 +267,13 @@ MUTATIONS = [
     M("retrained-from-the-solved-y", "callbacks/retraining.py", "self.scratch = deepcopy(task.lower)",
       "self.scratch = task.lower",
       "callbacks/test_poisoning.py::test_retraining_is_the_lower_loss_from_the_first_weights"),
+    M("random-start-over-what-was-learnt", "tasks/poisoning.py", " and not delta.any()", "",
+      "tasks/test_poisoning.py::test_a_random_start_is_feasible_and_taken_once"),
+    M("setting-without-effect", "algorithms/penalty.py", "if kwargs[name] != 1:", "if False:",
+      "algorithms/test_contract.py::test_there_is_no_setting_for_a_lower_loop_that_is_not"),
+    M("any-default-for-a-lambda", "pickling.py", "id(parameter.default): Default", "name: Default", "test_pickling.py"),
+    M("minibatches-of-reports-from-the-first", "callbacks/retraining.py", "torch.randint(number,", "torch.randint(1,",
+      "callbacks/test_poisoning.py::test_retraining_in_minibatches"),
     M("split-without-classes", "datamodules/poisoning.py", "stratify=labels[[*index]].numpy()", "stratify=None",
       "datamodules/test_poisoning.py::test_digits_are_split_with_equal_shares_of_each_class"),
 ]
