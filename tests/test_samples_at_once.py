@@ -46,9 +46,10 @@ def batch(lower=(17, 12), upper=(11, 16)):
 
 def one(name, samples_at_once, **settings):
     """One step of an algorithm: direction, y, values; and the largest number of samples that a loss saw."""
-    dynamics = {} if name == "SAMA" else {"dynamics": GradientDescent(0.1)}
+    moves = {"lower_steps": 3} if name == "SAMA" else {"dynamics": GradientDescent(0.1), "lower_steps": 3}
+    moves = {} if name in ("GPBGD", "SOBA") else moves  # they have a step size of their own
     task = Weighted()
-    module = getattr(algorithms, name)(task=task, lower_steps=3, **dynamics, **settings)
+    module = getattr(algorithms, name)(task=task, **moves, **settings)
     module.configure_model()
     x, y = tree.detach(module.upper_parameters()), tree.detach(tree.of(task.lower))
     problem, x, _ = bind(task, batch(), x, samples_at_once=samples_at_once)
