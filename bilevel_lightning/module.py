@@ -321,6 +321,9 @@ class BilevelModule(Evaluation, ABC):
             raise BilevelError(f"upper_optimizer: {error}.") from error
         if isinstance(optimizer, torch.optim.LBFGS):
             raise BilevelError("upper_optimizer LBFGS needs a closure, which a hypergradient has not; use SGD or Adam.")
+        rates = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
+        if not all(rate < float("inf") for rate in rates):
+            raise BilevelError(f"upper_optimizer: its lr must be a finite number, got {rates[0]}.")
         given = self.upper_scheduler
         if given is None:
             return optimizer

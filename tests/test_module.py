@@ -307,6 +307,10 @@ def loss_is(value):
             lambda: fit(RHG(task=Quadratic(), upper_optimizer=sgd(-1.0)), 1),
             "upper_optimizer: Invalid learning rate: -1",
         ),
+        (
+            lambda: fit(RHG(task=Quadratic(), upper_optimizer=sgd(float("inf"))), 1),
+            "upper_optimizer: its lr must be a finite number, got inf",
+        ),
         (lambda: fit(RHG(task=Quadratic(), upper_optimizer=torch.optim.LBFGS), 1), "LBFGS needs a closure"),
         (lambda: fit(RHG(), 1), "RHG.upper must be a module that holds the upper variables"),
         (lambda: fit(RHG(task=loss_is(lambda t: t.y())), 1), r"lower_loss must return a scalar tensor, got \(6,\)"),
