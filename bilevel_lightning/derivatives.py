@@ -3,7 +3,8 @@ r"""A loss's gradient in y as a differentiable function of (x, y), by one of sev
 With v a cotangent of g_y, the products g_xy v and g_yy v come
 
 * ``graph``: from the graph that the gradient was computed with (reverse over reverse);
-* ``recompute``: from a graph that is built again when the products are needed, so that only (x, y) is kept;
+* ``recompute``: from the slope of the loss along v (`directional`), evaluated when the products are needed, so that
+  only (x, y) is kept;
 * ``mixed``: from the derivative of (g_x, g_y) along (0, v), forward over reverse, also with only (x, y) kept;
 * ``differences``: from central differences ``(g_.(x, y + eps v) - g_.(x, y - eps v)) / (2 eps)``, eps = radius / |v|.
 
