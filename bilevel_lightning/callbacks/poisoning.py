@@ -1,7 +1,5 @@
 """What a person sees of poisoning: the images before and after, and what training on them costs."""
 
-from copy import deepcopy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
-from torch.optim import Optimizer
 from typing_extensions import override
 
+from bilevel_lightning.callbacks.retraining import Retraining
 from bilevel_lightning.errors import positive
 
 Labelled = tuple[Tensor, Tensor]
@@ -28,14 +26,6 @@ def _data(trainer: Trainer) -> Any:
     """The data module, if it knows which images are poisoned, as `PoisoningData` does; else None."""
     data = getattr(trainer, "datamodule", None)
     return data if hasattr(data, "poisoned") else None
-
-
-def _loss(task: Any, model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor) -> float:
-    """Returns the lower loss of a model and leaves its gradient, as optimizers ask for it."""
-    optimizer.zero_grad()
-    loss: Tensor = task.training_loss(model, images, labels)
-    loss.backward()  # type: ignore[no-untyped-call]
-    return float(loss.detach())
 
 
 class PoisonedImages(Callback):
@@ -101,7 +91,7 @@ class PoisonedImages(Callback):
             self.figure(trainer, pl_module).savefig(Path(folder) / "poisoned_images.png", dpi=120)
 
 
-class PoisoningReport(Callback):
+class PoisoningReport(Retraining):
     """Retrains the model from scratch on the poisoned images and beside two controls, and prints the table.
 
     All rows start at the weights that the model had before the run, take the same steps on the lower loss, and are
@@ -118,7 +108,7 @@ class PoisoningReport(Callback):
         steps: optimizer steps of each training. Default 1000, as in the released code of Grazzi et al.
         optimizer: any of torch's. Default SGD with step size 0.1 and momentum 0.5, as there. Where the lower loss is
             convex, ``torch.optim.LBFGS`` comes nearer to its minimum in a tenth of the time (docs/poisoning.md).
-        batch_size: minibatch size; None (default, as there): all samples at once.
+        batch_size: minibatch size, drawn with replacement; None (default, as there): all samples at once.
         controls: whether the two controls are trained too. Default True.
     """
 
@@ -129,17 +119,8 @@ class PoisoningReport(Callback):
         batch_size: int | None = None,
         controls: bool = True,
     ) -> None:
-        self.steps = int(positive("PoisoningReport.steps", steps))
-        if batch_size is not None:
-            positive("PoisoningReport.batch_size", batch_size)
-        self.optimizer, self.batch_size, self.controls = optimizer, batch_size, controls
-        self.scratch: nn.Module | None = None
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and self.scratch is None:
-            task: Any = pl_module.hooks
-            self.scratch = deepcopy(task.lower)
+        super().__init__(steps, optimizer, batch_size)
+        self.controls = controls
 
     @override
     @rank_zero_only
@@ -171,17 +152,7 @@ class PoisoningReport(Callback):
 
     def retrain(self, task: Any, images: Tensor, labels: Tensor) -> nn.Module:
         """Trains a copy of the model from scratch on the lower loss and returns it."""
-        model = deepcopy(self.scratch).to(images).train()  # type: ignore[union-attr]
-        optimizer = self.optimizer(model.parameters())
-        generator = torch.Generator().manual_seed(0)
-        with torch.inference_mode(False), torch.enable_grad():
-            for _ in range(self.steps):
-                x, y = images, labels
-                if self.batch_size is not None and self.batch_size < len(labels):
-                    i = torch.randint(len(labels), (self.batch_size,), generator=generator).to(images.device)
-                    x, y = images[i], labels[i]
-                optimizer.step(partial(_loss, task, model, optimizer, x, y))
-        return model
+        return self.trained((images, labels), task.training_loss)
 
     @torch.no_grad()
     def accuracies(self, model: nn.Module, parts: list[Labelled]) -> list[float]:
@@ -208,10 +179,8 @@ class PoisoningReport(Callback):
         for name, found in rows.items():
             table.add_row(name, f"{norms[name]:.3f}", *(f"{100 * value:.2f}" for value in found))
             key = name.replace(" ", "_")
-            logs[f"report/{key}/norm"] = norms[name]
+            logs[f"{key}/norm"] = norms[name]
             parts = zip(("train_accuracy", "val_accuracy", "test_accuracy"), found, strict=True)
-            logs.update({f"report/{key}/{part}": value for part, value in parts})
+            logs.update({f"{key}/{part}": value for part, value in parts})
         Console().print(table)
-        for logger in trainer.loggers:
-            logger.log_metrics(logs, step=trainer.global_step)
-            logger.save()
+        self.report(trainer, logs)

@@ -19,7 +19,6 @@ from bilevel_lightning.linear_solvers import FixedPointIteration
 from bilevel_lightning.models import LinearNet
 from bilevel_lightning.tasks import Poisoning
 
-
 LBFGS = partial(torch.optim.LBFGS, line_search_fn="strong_wolfe", tolerance_change=0.0)
 
 
