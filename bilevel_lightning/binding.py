@@ -161,7 +161,9 @@ def _filled(part: Any, names: dict[int, str]) -> Callable[[Params], Any]:
 
     ``names`` are those of the prepared tensors, by id.
     """
-    leaves, spec = tree_flatten(part) if names else ([], None)
+    if not names:
+        return lambda x: part
+    leaves, spec = tree_flatten(part)
     if not any(id(leaf) in names for leaf in leaves):
         return lambda x: part
     return lambda x: tree_unflatten([x[names[id(t)]] if id(t) in names else t for t in leaves], spec)
