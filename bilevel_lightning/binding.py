@@ -211,7 +211,7 @@ def bind(
 
     def in_turn(part: Any, method: str) -> Any:
         """The loss on a minibatch as the mean of those on its parts."""
-        fill, total, most = _filled(part, z), size(part), samples_at_once
+        fill, total, most = _filled(part, names), size(part), samples_at_once
         if most is None or total <= most:
             return on(part, method)
 

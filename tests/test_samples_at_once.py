@@ -36,6 +36,14 @@ class Weighted(BilevelTask):
         return (weights * (self.lower(inputs) - targets).square()).mean() * scale[0] + 0.1 * ridge
 
 
+class Prepared(Weighted):
+    """The inputs of both levels depend on x."""
+
+    def prepare(self, batch):
+        scale = 1 + torch.tanh(self.upper.weight[:3].sum())
+        return {k: Minibatches([(scale * part[0], *part[1:]) for part in v]) for k, v in batch.items()}
+
+
 def batch(lower=(17, 12), upper=(11, 16)):
     torch.manual_seed(1)
     draw = lambda n: (torch.randn(n, 3, dtype=torch.float64), torch.randn(n, 1, dtype=torch.float64))
@@ -44,19 +52,19 @@ def batch(lower=(17, 12), upper=(11, 16)):
     return {"lower": lowers, "upper": Minibatches([draw(n) for n in upper])}
 
 
-def one(name, samples_at_once, **settings):
+def one(name, samples_at_once, task=Weighted, **settings):
     """One step of an algorithm: direction, y, values; and the largest number of samples that a loss saw."""
     moves = {"lower_steps": 3} if name == "SAMA" else {"dynamics": GradientDescent(0.1), "lower_steps": 3}
     moves = {} if name in ("GPBGD", "SOBA") else moves  # they have a step size of their own
-    task = Weighted()
+    task = task()
     module = getattr(algorithms, name)(task=task, **moves, **settings)
     module.configure_model()
     x, y = tree.detach(module.upper_parameters()), tree.detach(tree.of(task.lower))
-    problem, x, _ = bind(task, batch(), x, samples_at_once=samples_at_once)
+    problem, x, pull_back = bind(task, batch(), x, samples_at_once=samples_at_once)
     torch.manual_seed(2)
     step = module.bilevel_step(problem, x, y)
     lower = step.lower(problem, x) if callable(step.lower) else step.lower
-    return {**step.upper_grad, **lower, **step.logs}, problem.counts, max(task.seen)
+    return {**pull_back(step.upper_grad), **lower, **step.logs}, problem.counts, max(task.seen)
 
 
 @pytest.mark.parametrize("name", sorted(FIRST))
@@ -69,6 +77,16 @@ def test_the_step_is_that_of_the_whole_minibatches(name):
         assert again == counts
         for key, value in whole.items():
             torch.testing.assert_close(parts[key], value, rtol=1e-11, atol=1e-13, msg=key)
+
+
+@pytest.mark.parametrize("name", ["F2SA", "MEHA", "SAMA"])
+def test_what_was_prepared_comes_in_parts_too(name):
+    whole, _, _ = one(name, None, Prepared)
+    parts, _, seen = one(name, 5, Prepared)
+    assert seen == 5
+    for key, value in whole.items():
+        torch.testing.assert_close(parts[key], value, rtol=1e-11, atol=1e-13, msg=key)
+    assert (whole["weight"] - one(name, None)[0]["weight"]).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("name", sorted(SECOND & set(algorithms.__all__)))
