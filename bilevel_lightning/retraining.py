@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
+from bilevel_lightning import randomness
 from bilevel_lightning.checks import plain
 from bilevel_lightning.errors import BilevelError
 from bilevel_lightning.models.cells import Genotype, GenotypeNetwork
@@ -150,6 +151,15 @@ class Retraining(LightningModule):
         metric: Any = self.accuracies[f"{stage}_accuracy"]
         metric(logits, labels)
         self.log(f"{stage}/accuracy", metric, metric_attribute=f"accuracies.{stage}_accuracy", prog_bar=True)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["random_state"] = randomness.saved()  # of dropped edges
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._trainer is not None and self._trainer.training and "random_state" in checkpoint:
+            randomness.restore(checkpoint["random_state"])
 
     @override
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:

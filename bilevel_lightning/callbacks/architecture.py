@@ -1,17 +1,19 @@
 """What a person sees of an architecture search: the weights of the operations, and the cells that they stand for."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
+from matplotlib.path import Path as Curve
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
 from typing_extensions import override
 
 from bilevel_lightning.models.cells import OPERATIONS, Genotype
+from bilevel_lightning.models.cells.genotype import INPUTS, Nodes
 
 KINDS = ("normal", "reduction")
 COLORS = dict(
@@ -19,77 +21,57 @@ COLORS = dict(
         OPERATIONS[1:], ("#c1272d", "#e07b39", "#6b6b6b", "#1f5fa8", "#5aa0dc", "#1b7a4b", "#6cbf84"), strict=True
     )
 )
-INPUTS = 2
+Point: TypeAlias = tuple[float, float]
 
 
 def draw_genotype(genotype: Genotype, title: str) -> Figure:
-    """Draws both cells as graphs, from the two inputs on the left to the output on the right.
+    """Draws both cells as graphs, from the two inputs on the left to the last node on the right.
 
     Args:
         genotype: the cells.
         title: one line above all.
     """
-    figure = Figure(figsize=(10, 8.4), layout="constrained")
+    widest = max(len(genotype.normal), len(genotype.reduction))
+    figure = Figure(figsize=(2.3 * widest + 1.2, 7.6), layout="constrained")
     figure.suptitle(title, size=11)
     for axes, kind in zip(figure.subplots(2, 1), KINDS, strict=True):
         _draw_cell(axes, getattr(genotype, kind), kind)
     return figure
 
 
-def _draw_cell(axes: Any, nodes: Any, kind: str) -> None:
-    """Draws one cell: nodes from left to right, the edges to each as arcs, above and below in turn."""
-    number = len(nodes)
-    places = {0: (0.0, 0.9), 1: (0.0, -0.9)}
-    places |= {INPUTS + i: (1.7 * (i + 1), 0.5 * (-1) ** i) for i in range(number)}
-    end = (1.7 * (number + 1), 0.0)
-    names = {0: "cell\nk-2", 1: "cell\nk-1"} | {INPUTS + i: f"{INPUTS + i}" for i in range(number)}
-    box = {"boxstyle": "round,pad=0.35", "fc": "#f3f1ea", "ec": "#444444"}
+def _draw_cell(axes: Any, nodes: Nodes, kind: str) -> None:
+    """Draws one cell: a column for each node, its two operations to the left of it, one above the other."""
+    column, side, height = 2.3, 1.1, 0.75
+    places = {0: (0.0, height), 1: (0.0, -height)}
+    names = {0: "cell k-2\n(0)", 1: "cell k-1\n(1)"}
+    for i in range(len(nodes)):
+        places[INPUTS + i], names[INPUTS + i] = (column * (i + 1), 0.0), f"{INPUTS + i}"
     for state, place in places.items():
+        box = {"boxstyle": "round,pad=0.4", "fc": "#f3f1ea", "ec": "#444444"}
         axes.text(*place, names[state], ha="center", va="center", size=9, bbox=box, zorder=4)
-    axes.text(*end, "output", ha="center", va="center", size=9, bbox=box, zorder=4)
     for i, edges in enumerate(nodes):
-        target = places[INPUTS + i]
-        for j, (name, state) in enumerate(edges):
-            source = places[state]
-            span = (target[0] - source[0]) / 1.7
-            up = 1 if (source[1] + target[1], -j) >= (0.0, 0) else -1
-            height = up * (0.0 if span <= 1 else 0.42 * span)
-            middle = (source[0] + target[0]) / 2, (source[1] + target[1]) / 2 + height
-            _arrow(axes, source, target, middle, COLORS[name])
-            share = 0.5 if j == 0 else 0.62  # so that two labels of a node do not lie on each other
-            axes.text(
-                *_on_curve(source, target, middle, share), name.replace("_", " "), size=8, color=COLORS[name],
-                ha="center", va="center", zorder=5, bbox={"fc": "white", "ec": "none", "pad": 0.6},
-            )  # fmt: skip
-        _arrow(axes, target, end, ((target[0] + end[0]) / 2, target[1] * 1.2), "#bbbbbb")
-    axes.set(xlim=(-0.6, end[0] + 0.7), ylim=(-2.5, 2.5))
-    axes.set_title(f"{kind} cell", size=10, loc="left")
+        node = places[INPUTS + i]
+        order = sorted(edges, key=lambda edge: (edge[1] == 1, edge[1]))  # input 1 lies below
+        for sign, (name, state) in zip((1, -1), order, strict=True):
+            middle = node[0] - side, sign * height
+            passed = max(INPUTS - 1 + i - max(state, 1), 0)  # columns between both
+            bow = sign * (height + 1.1 + 0.6 * passed) if passed else (places[state][1] + middle[1]) / 2
+            _line(axes, places[state], bow, middle, COLORS[name], "-")
+            _line(axes, middle, middle[1] / 2, (node[0] - 0.13, sign * 0.08), COLORS[name], "-|>")
+            box = {"boxstyle": "round,pad=0.25", "fc": "white", "ec": COLORS[name]}
+            text = name.replace("_", " ", 1).replace("_", "\n")
+            axes.text(*middle, text, size=8, color=COLORS[name], ha="center", va="center", zorder=5, bbox=box)
+    axes.set(xlim=(-0.6, column * len(nodes) + 0.5), ylim=(-2.6, 2.6))
+    last = INPUTS + len(nodes) - 1
+    axes.set_title(f"{kind} cell; its output is the concatenation of nodes {INPUTS} to {last}", size=10, loc="left")
     axes.axis("off")
 
 
-Point = tuple[float, float]
-
-
-def _control(source: Point, target: Point, middle: Point) -> Point:
-    """Returns the control point of the parabola through the three points."""
-    return 2 * middle[0] - (source[0] + target[0]) / 2, 2 * middle[1] - (source[1] + target[1]) / 2
-
-
-def _on_curve(source: Point, target: Point, middle: Point, share: float) -> Point:
-    """Returns the point of that parabola at this share of its way."""
-    control, rest = _control(source, target, middle), 1 - share
-    x, y = (rest**2 * source[i] + 2 * rest * share * control[i] + share**2 * target[i] for i in range(2))
-    return x, y
-
-
-def _arrow(axes: Any, source: Point, target: Point, middle: Point, color: str) -> None:
-    from matplotlib.path import Path as Curve
-
-    points = [source, _control(source, target, middle), target]
+def _line(axes: Any, start: Point, bow: float, end: Point, color: str, style: str) -> None:
+    """Draws a curve whose middle is drawn to the height ``bow``."""
+    points = [start, ((start[0] + end[0]) / 2, bow), end]
     curve = Curve(points, [Curve.MOVETO, Curve.CURVE3, Curve.CURVE3])
-    axes.add_patch(
-        FancyArrowPatch(path=curve, arrowstyle="-|>", mutation_scale=11, color=color, lw=1.4, shrinkA=0, zorder=2)
-    )
+    axes.add_patch(FancyArrowPatch(path=curve, arrowstyle=style, mutation_scale=10, color=color, lw=1.4, zorder=2))
 
 
 def draw_weights(module: Any, title: str) -> Figure:
