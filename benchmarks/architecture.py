@@ -163,7 +163,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def report(file: Path) -> None:
-    """Prints the table: each genotype over its seeds, and the random ones over genotypes and paired with what was found."""
+    """Prints each genotype over its seeds, the random ones together, and what was found beside these, seed by seed."""
     found = [row for row in rows(file) if row["part"] == "retrain"]
     names = sorted({row["name"] for row in found})
     scores = {n: {int(r["seed"]): 100 * float(r["accuracy"]) for r in found if r["name"] == n} for n in names}
@@ -199,7 +199,7 @@ class Costs:
 
 def plain(costs: Costs, steps: int) -> None:
     """Steps y once by its loss, hand-written."""
-    y = [p for p in costs.task.lower.parameters()]
+    y = list(costs.task.lower.parameters())
     for t, g in zip(y, torch.autograd.grad(costs.task.lower_loss(costs.parts[0]), y), strict=True):
         t.data.sub_(g, alpha=1e-3)
 

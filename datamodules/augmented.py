@@ -63,7 +63,9 @@ class Augmentation:
             row, column = draw(height), draw(width)
             down = torch.arange(height, device=images.device) - row + self.cutout // 2
             across = torch.arange(width, device=images.device) - column + self.cutout // 2
-            hidden = ((down >= 0) & (down < self.cutout))[:, :, None] & ((across >= 0) & (across < self.cutout))[:, None]
+            hidden = ((down >= 0) & (down < self.cutout))[:, :, None] & ((across >= 0) & (across < self.cutout))[
+                :, None
+            ]
             out = out.masked_fill(hidden[:, None], 0.0)
         return out
 
@@ -334,6 +336,8 @@ class TrainingData(AugmentedImages):
             if value is not None and value < least:
                 raise BilevelError(f"data.{name} must be at least {least}, got {value}.")
         self.train_samples, self.val_samples, self.batch_size = train_samples, val_samples, batch_size
+        if val_samples == 0:
+            self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]  # there is none, for Lightning
 
     @override
     def setup(self, stage: str | None = None) -> None:
@@ -369,8 +373,8 @@ class TrainingData(AugmentedImages):
         return Iterations(batch, number, self.trainer)
 
     @override
-    def val_dataloader(self) -> Parts | list[Any]:
-        return self.parts_of(self.val) if self.val_samples else []
+    def val_dataloader(self) -> Parts:
+        return self.parts_of(self.val)
 
     @override
     def test_dataloader(self) -> Parts:
@@ -384,13 +388,16 @@ class TrainingData(AugmentedImages):
 class CIFAR10Statistics:
     """Mean and standard deviation of the channels of CIFAR-10's training images."""
 
-    mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+    mean: Sequence[float] = (0.4914, 0.4822, 0.4465)
+    std: Sequence[float] = (0.2470, 0.2435, 0.2616)
 
 
 class DigitsStatistics:
     """Mean and standard deviation of scikit-learn's digits, of which none are set aside for the test."""
 
-    mean, std, official_test = (0.3053,), (0.3760,), False
+    mean: Sequence[float] = (0.3053,)
+    std: Sequence[float] = (0.3760,)
+    official_test = False
 
 
 class CIFAR10Search(CIFAR10Statistics, CIFAR10Files, SearchData):

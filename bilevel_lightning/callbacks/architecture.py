@@ -17,9 +17,7 @@ from bilevel_lightning.models.cells.genotype import INPUTS, Nodes
 
 KINDS = ("normal", "reduction")
 COLORS = dict(
-    zip(
-        OPERATIONS[1:], ("#c1272d", "#e07b39", "#6b6b6b", "#1f5fa8", "#5aa0dc", "#1b7a4b", "#6cbf84"), strict=True
-    )
+    zip(OPERATIONS[1:], ("#c1272d", "#e07b39", "#6b6b6b", "#1f5fa8", "#5aa0dc", "#1b7a4b", "#6cbf84"), strict=True)
 )
 Point: TypeAlias = tuple[float, float]
 
@@ -149,4 +147,6 @@ class GenotypeReport(Callback):
         if folder is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
             genotype.save(Path(folder) / "genotype.json")
-            rank_zero_info(f"Retrain it: bilevel-fit --config nas/cifar10_retrain --model.genotype {folder}/genotype.json")
+            rank_zero_info(
+                f"Retrain it: bilevel-fit --config nas/cifar10_retrain --model.genotype {folder}/genotype.json"
+            )

@@ -47,9 +47,7 @@ class ArchitectureSearch(BilevelTask):
     upper: ArchitectureWeights
     lower: SearchNetwork
 
-    def __init__(
-        self, network: SearchNetwork, l2: float = 1.5e-4, upper_l2: float = 0.0, scale: float = 1e-3
-    ) -> None:
+    def __init__(self, network: SearchNetwork, l2: float = 1.5e-4, upper_l2: float = 0.0, scale: float = 1e-3) -> None:
         super().__init__()
         for name, value in (("l2", l2), ("upper_l2", upper_l2)):
             if value < 0:

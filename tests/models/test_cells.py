@@ -117,7 +117,7 @@ def test_what_the_operations_are():
         layer(maps)[0, 0, 8, 8].backward()
         seen = maps.grad[0, 0].nonzero() - 8
         assert int(seen.abs().max()) == reach
-        assert ((seen % 2 == 0).all() if "dil" in name else True)
+        assert (seen % 2 == 0).all() if "dil" in name else True
     corner = operation("avg_pool_3x3", 1, 1, fixed_norm)(torch.ones(1, 1, 4, 4))
     assert torch.equal(corner, torch.ones_like(corner))  # padding is not counted
 

@@ -1,6 +1,6 @@
 """The network that is searched in: all operations on all edges, weighted by the architecture."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +114,7 @@ class ArchitectureWeights(nn.Module):
 
     @torch.no_grad()
     def entropy(self) -> dict[str, Tensor]:
-        """Returns the mean entropy of an edge's weights in each kind of cell, in nats; that of uniform ones is log 8."""
+        """Returns the mean entropy of an edge's weights in each kind of cell, in nats: log 8 for eight equal ones."""
         return {kind: torch.special.entr(w.operations).sum(1).mean() for kind, w in self().items()}
 
 
@@ -154,7 +154,8 @@ class MixedOperation(nn.Module):
             return mixed
         rest = maps[:, self.mixed :]
         rest = rest if self.stride == 1 else functional.max_pool2d(rest, 2)
-        return functional.channel_shuffle(torch.cat([mixed, rest], 1), self.partial)
+        shuffled: Tensor = functional.channel_shuffle(torch.cat([mixed, rest], 1), self.partial)
+        return shuffled
 
 
 class SearchCell(nn.Module):
@@ -270,7 +271,9 @@ class SearchNetwork(nn.Module):
         for i in range(layers):
             reduction = i in reductions(layers)
             channels *= 1 + reduction
-            self.cells.append(SearchCell(before, last, channels, nodes, reduction, halved, operations, partial_channels))
+            self.cells.append(
+                SearchCell(before, last, channels, nodes, reduction, halved, operations, partial_channels)
+            )
             before, last, halved = last, nodes * channels, reduction
         self.classifier = nn.Linear(last, classes)
 
@@ -282,6 +285,7 @@ class SearchNetwork(nn.Module):
     def forward(self, images: Tensor, weights: dict[str, CellWeights]) -> Tensor:
         """Returns logits, shape ``(batch, classes)``."""
         before = last = self.stem(images.contiguous(memory_format=torch.channels_last))  # takes half the time on CPUs
+        cell: Any
         for cell in self.cells:
             before, last = last, cell(before, last, weights[cell.kind])
         logits: Tensor = self.classifier(last.mean((2, 3)))
