@@ -148,5 +148,6 @@ class GenotypeReport(Callback):
             Path(folder).mkdir(parents=True, exist_ok=True)
             genotype.save(Path(folder) / "genotype.json")
             rank_zero_info(
-                f"Retrain it: bilevel-fit --config nas/cifar10_retrain --model.genotype {folder}/genotype.json"
+                f"To retrain it: --model.genotype {folder}/genotype.json with the config nas/cifar10_retrain or "
+                "nas/digits_retrain."
             )

@@ -292,7 +292,7 @@ def test_a_search_goes_into_retraining(capsys):
     assert "neither a file nor 'random' nor one of DARTS_V1" in capsys.readouterr().err
 
 
-def test_only_bilevel_problems_are_searched_and_checked(capsys):
+def test_only_bilevel_problems_are_checked(capsys):
     from bilevel_lightning.cli import check
 
     with pytest.raises(SystemExit) as end:

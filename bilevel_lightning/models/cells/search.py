@@ -149,7 +149,7 @@ class MixedOperation(nn.Module):
         """Returns the weighted sum, for weights of shape ``(operations,)``."""
         taken = maps[:, : self.mixed]
         terms = [weights[i] * part(taken) for i, part in zip(self.columns, self.parts.values(), strict=True)]
-        mixed = sum(terms[1:], terms[0])  # stacking them would lose the memory format
+        mixed: Tensor = sum(terms[1:], terms[0])  # stacking them would lose the memory format
         if self.partial == 1:
             return mixed
         rest = maps[:, self.mixed :]
