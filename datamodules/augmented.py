@@ -393,7 +393,7 @@ class CIFAR10Statistics:
 
 
 class DigitsStatistics:
-    """Mean and standard deviation of scikit-learn's digits, of which none are set aside for the test."""
+    """Mean and standard deviation of scikit-learn's digits, which have no official test set."""
 
     mean: Sequence[float] = (0.3053,)
     std: Sequence[float] = (0.3760,)
