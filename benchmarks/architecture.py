@@ -40,9 +40,9 @@ from rich.table import Table
 from scipy.stats import t as student
 
 from bilevel_lightning import DARTS, F2SA, MEHA, SAMA, VPBGD, Adam, BilevelModule, GradientDescent, Momentum, tree
+from bilevel_lightning.binding import bind
 from bilevel_lightning.datamodules import CIFAR10Search, CIFAR10Training
 from bilevel_lightning.models import Genotype, SearchNetwork
-from bilevel_lightning.problem import bind
 from bilevel_lightning.retraining import Retraining
 from bilevel_lightning.schedules import Cosine, Linear, Power
 from bilevel_lightning.task import Minibatches

@@ -14,9 +14,9 @@ from statistics import median
 import torch
 
 from bilevel_lightning import RHG, GradientDescent, tree
+from bilevel_lightning.binding import bind
 from bilevel_lightning.compiled import Compiled
 from bilevel_lightning.models import LinearNet
-from bilevel_lightning.problem import bind
 from bilevel_lightning.tasks.hyper_cleaning import HyperCleaning
 
 

@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 
 from bilevel_lightning import GradientDescent, tree
+from bilevel_lightning.binding import bind
 from bilevel_lightning.derivatives import PRODUCTS, Target
 from bilevel_lightning.hypergradients.forward import slopes
 from bilevel_lightning.models import LinearNet
-from bilevel_lightning.problem import bind
 
 STEPS = 10
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from bilevel_lightning import GPBGD, VPBGD, BilevelModule, GradientDescent, tree
+from bilevel_lightning.binding import bind
 from bilevel_lightning.models import LinearNet
-from bilevel_lightning.problem import bind
 from bilevel_lightning.tasks import HyperCleaning
 
 SAMPLES, TARGET_SECONDS, TARGET_RATIO = 5000, 0.035, 1.15

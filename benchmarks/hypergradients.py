@@ -52,9 +52,9 @@ from torch.nn import functional
 from torch.utils.data import DataLoader
 
 from bilevel_lightning import AID, DARTS, FG2U, PZOBO, RHG, BilevelModule, GradientDescent, tree
+from bilevel_lightning.binding import bind
 from bilevel_lightning.linear_solvers import ConjugateGradient, FixedPointIteration, LinearSolver, Neumann, Nystrom
 from bilevel_lightning.models import ConvNet, LinearNet, MLPNet
-from bilevel_lightning.problem import bind
 from bilevel_lightning.tasks.hyper_cleaning import HyperCleaning
 
 LR, PRODUCTS = 0.1, 20

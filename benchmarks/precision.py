@@ -14,9 +14,9 @@ from rich.table import Table
 from torch import nn
 
 from bilevel_lightning import algorithms, tree
+from bilevel_lightning.binding import bind
 from bilevel_lightning.datamodules import Omniglot
 from bilevel_lightning.models import ConvNetBody, LinearHead
-from bilevel_lightning.problem import bind
 from bilevel_lightning.tasks import FewShot, HyperCleaning
 
 STRUCTURES = {

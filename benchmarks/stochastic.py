@@ -41,7 +41,7 @@ ROWS: dict[str, tuple[type[BilevelModule], dict[str, Any], float, float]] = {
     "SOBA": (SOBA, {"lower_lr": Power(0.05, -0.4)}, 1e3, -0.4),
     "AmIGO": (AmIGO, {"dynamics": GradientDescent(0.01)}, 1e3, 0.0),
     "StocBiO": (StocBiO, {"dynamics": GradientDescent(0.01), "linear_steps": 20}, 1e3, 0.0),
-    "MRBO": (MRBO, {"lower_lr": Power(0.1, -0.2), "linear_lr": 0.03}, 6e3, -0.2),
+    "MRBO": (MRBO, {"lower_lr": Power(0.1, -0.4), "linear_lr": 0.1}, 6e3, -0.4),
 }
 
 

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from pytorch_lightning import Trainer
+from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
@@ -17,6 +19,32 @@ from bilevel_lightning.errors import BilevelError
 from bilevel_lightning.problem import BilevelProblem
 from bilevel_lightning.task import Bilevel
 from bilevel_lightning.tree import Params
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Refuses settings of the trainer that bilevel runs cannot keep.
+
+    Raises:
+        BilevelError: for fp16, for strategies that divide the parameters, and for checkpoints by time that manual
+            optimization never writes.
+    """
+    if trainer.precision in ("16-mixed", "16-true"):
+        raise BilevelError(
+            f"precision {trainer.precision} cannot be used: its loss scaling does not reach hypergradients. "
+            "Choose 32-true, 64-true or bf16-mixed."
+        )
+    strategy = trainer.strategy
+    if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+        raise BilevelError(
+            f"{type(strategy).__name__} keeps a part of the parameters on each process, and hypergradients read "
+            "all of them: set trainer.strategy to ddp."
+        )
+    for callback in trainer.checkpoint_callbacks:
+        if getattr(callback, "_train_time_interval", None) is not None:
+            raise BilevelError(
+                "ModelCheckpoint.train_time_interval does nothing in manual optimization: use the callback "
+                "SaveEvery(seconds) instead."
+            )
 
 
 def check_levels(task: Bilevel) -> tuple[Params, Params]:

@@ -6,9 +6,10 @@ from typing import Any
 from torch import Tensor
 
 from bilevel_lightning import algorithms, tree
+from bilevel_lightning.binding import bind
 from bilevel_lightning.errors import BilevelError
 from bilevel_lightning.module import BilevelModule
-from bilevel_lightning.problem import BilevelProblem, bind
+from bilevel_lightning.problem import BilevelProblem
 from bilevel_lightning.task import BilevelTask
 from bilevel_lightning.tree import Params
 

@@ -3,42 +3,39 @@
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning_utilities.core.apply_func import apply_to_collection
-from pytorch_lightning import Callback, LightningModule
+from pytorch_lightning import Callback
 from pytorch_lightning.cli import LRSchedulerCallable, OptimizerCallable
 from pytorch_lightning.core.mixins.hparams_mixin import _given_hyperparameters
-from pytorch_lightning.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric, Metric
 from typing_extensions import override
 
 from bilevel_lightning import randomness, tree
+from bilevel_lightning.binding import Functional, running_norms, split, unstack
 from bilevel_lightning.checkpoints import AtomicCheckpointIO
-from bilevel_lightning.checks import check_batch, check_levels, check_losses, check_task, diagnose, plain, watched
+from bilevel_lightning.checks import (
+    check_batch,
+    check_levels,
+    check_losses,
+    check_task,
+    check_trainer,
+    diagnose,
+    plain,
+    watched,
+)
 from bilevel_lightning.compiled import Compiled
-from bilevel_lightning.distributed import agree, mean_over_processes, total_over_processes
+from bilevel_lightning.distributed import mean_over_processes, total_over_processes
 from bilevel_lightning.dynamics import Dynamics, GradientDescent
 from bilevel_lightning.errors import BilevelError, positive
-from bilevel_lightning.interval import Interval
-from bilevel_lightning.problem import (
-    BilevelProblem,
-    Functional,
-    Operator,
-    bind,
-    own,
-    running_norms,
-    split,
-    stack,
-    unstack,
-)
+from bilevel_lightning.evaluation import Evaluation
+from bilevel_lightning.problem import BilevelProblem
 from bilevel_lightning.schedules import Schedule
 from bilevel_lightning.state import Row, State
 from bilevel_lightning.task import Bilevel, BilevelTask, Draws, Minibatches
@@ -73,7 +70,7 @@ class Step(NamedTuple):
     state: Mapping[str, Params | Row] = MappingProxyType({})
 
 
-class BilevelModule(LightningModule, Bilevel, ABC):
+class BilevelModule(Evaluation, ABC):
     r"""Base of all algorithms; a subclass implements `bilevel_step` and its own settings, nothing else.
 
     State the problem either with ``task=`` or by defining the members of `Bilevel` on a subclass of an algorithm. One
@@ -127,8 +124,6 @@ class BilevelModule(LightningModule, Bilevel, ABC):
     compilable = False
     partitioned = False
     """Whether minibatches must be parts of a fixed partition of the samples, each part being remembered."""
-    side_by_side = False
-    """Whether `bilevel_step` treats episodes side by side as it would one after the other."""
     estimates_hypergradient = True
     """Whether one `bilevel_step` at a fixed x gives it; not where y or a twin is solved across iterations."""
 
@@ -241,28 +236,12 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         """
         return self.dynamics.learnable(self.lower_steps, y)
 
-    def start_lower(self, x: Params, episode: Any) -> Params:
-        """Returns y_0 of an episode, detached: the task's, or where there is no warm start the y of the beginning."""
-        if self.cold_start is not None:
-            return self.cold_start.get()
-        if self.hooks.persistent_lower:
-            return tree.detach(self.hooks.initial_lower(own(x)))
-        return tree.detach(self.hooks.episode_lower(own(x), episode))
-
     def upper_groups(self) -> Iterable[Any]:
         """Returns what the upper optimizer is made for: the parameters x, or groups of them with their settings."""
         return self.upper_parameters().values()
 
     def project_added(self) -> None:
         """Projects the upper variables of `added_upper` after the upper step; default: nothing."""
-
-    def adapt(self, problem: BilevelProblem, x: Params, y: Params) -> Iterator[Params]:
-        """Yields y_0, y_1, ... of the lower level as solved at validation and test, without graphs."""
-        state = self.evaluation_dynamics.start(y)
-        yield state[0]
-        for t in range(self.evaluation_steps):
-            state = self.evaluation_dynamics.step(problem, x, state, t)
-            yield state[0]
 
     def minibatches(self, k: int) -> tuple[Draws, Draws]:
         """Returns which lower and upper minibatches upper iteration ``k`` takes, where data come in minibatches.
@@ -279,15 +258,6 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         return state[0]
 
     # The Lightning side. Nothing below is meant to be overridden.
-
-    @property
-    def hooks(self) -> Bilevel:
-        """Who states the problem: the task, or this module itself."""
-        return self if self.task is None else self.task
-
-    def upper_parameters(self) -> Params:
-        """Returns x: the trainable parameters of ``upper``, and those of `added_upper`."""
-        return {**tree.of(self.hooks.upper), **{name.replace(":", "."): p for name, p in self.learnable.items()}}
 
     @override
     def configure_model(self) -> None:
@@ -314,25 +284,9 @@ class BilevelModule(LightningModule, Bilevel, ABC):
     def setup(self, stage: str) -> None:
         if self.compiled is not None and self.trainer.world_size > 1:
             raise BilevelError("compile works in one process: set trainer.devices to 1, or leave compile off.")
-        if self.trainer.precision in ("16-mixed", "16-true"):
-            raise BilevelError(
-                f"precision {self.trainer.precision} cannot be used: its loss scaling does not reach hypergradients. "
-                "Choose 32-true, 64-true or bf16-mixed."
-            )
-        strategy: Any = self.trainer.strategy
-        if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
-            raise BilevelError(
-                f"{type(strategy).__name__} keeps a part of the parameters on each process, and hypergradients read "
-                "all of them: set trainer.strategy to ddp."
-            )
-        if type(strategy.checkpoint_io) is TorchCheckpointIO:
-            strategy.checkpoint_io = AtomicCheckpointIO()
-        for callback in self.trainer.checkpoint_callbacks:
-            if getattr(callback, "_train_time_interval", None) is not None:
-                raise BilevelError(
-                    "ModelCheckpoint.train_time_interval does nothing in manual optimization: use the callback "
-                    "SaveEvery(seconds) instead."
-                )
+        check_trainer(self.trainer)
+        if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         # Its advice, to save the state before the optimizer's step, would not resume a bilevel run.
         warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         datamodule = getattr(self.trainer, "datamodule", None)
@@ -425,7 +379,7 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         self._count(counts)
         self._advance_statistics(episodes)
         if due and full is not None:
-            with self._aside():
+            with self.aside():
                 logs = [
                     {**step.logs, **diagnose(problem, z, y)}
                     for step, (problem, z), y in zip(steps, problems, lowers, strict=True)
@@ -435,30 +389,11 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             self._log_step(means, norm)
             self._warn(float(means["train/stationarity"]))
 
-    def _groups(self, episodes: Sequence[Any]) -> list[tuple[Any, int | None]]:
-        """Returns what is solved at once: single episodes with None, or stacks of several with their number."""
-        size = self.episodes_at_once
-        if size is None:
-            size = len(episodes) if self.side_by_side and self.device.type != "cpu" else 1
-        if size == 1 or len(episodes) == 1:
-            return [(episode, None) for episode in episodes]
-        return [(stack(part), len(part)) for part in (episodes[i : i + size] for i in range(0, len(episodes), size))]
-
-    def _starts(self, x: Params, episode: Any, number: int | None) -> Params:
-        """Returns y_0 of an episode, or of several side by side."""
-        if number is None or type(self.hooks).episode_lower is Bilevel.episode_lower:
-            return tree.repeat(self.start_lower(x, episode), number)
-        starts: Params = stack([self.start_lower(x, one) for one in unstack(episode, number)])
-        return starts
-
-    def _bind(self, episode: Any, x: Params, number: int | None = None) -> tuple[BilevelProblem, Params, Operator]:
-        return bind(self.hooks, episode, x, mean_over_processes, agree, number)
-
     def _check(self, episode: Any, x: Params, where: str = "on the first batch") -> None:
         """Looks at the losses: once, and again where an iteration ends in what is not finite."""
         y = self.start_lower(x, episode)
         try:
-            with self._aside(), watched(self.hooks):
+            with self.aside(), watched(self.hooks):
                 problem, z, _ = self._bind(episode, x)
                 size = check_losses(problem, z, y, where, self.hooks)
         except RuntimeError as error:
@@ -533,7 +468,7 @@ class BilevelModule(LightningModule, Bilevel, ABC):
         if not any(running_norms(level) for level in (self.hooks.upper, self.hooks.lower)):
             return
         call = Functional(self.hooks, advance=True)
-        with self._aside(), torch.no_grad():
+        with self.aside(), torch.no_grad():
             for episode in episodes:
                 if self.hooks.persistent_lower:
                     lower = split(episode)[0]
@@ -545,10 +480,6 @@ class BilevelModule(LightningModule, Bilevel, ABC):
                 for t, y in enumerate(path):
                     self.hooks.at_lower_step(t)
                     call.at(x, y, "lower_loss", lower)
-
-    def _aside(self) -> Any:
-        """A context for what must not change the random numbers of training."""
-        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
 
     @property
     def batches(self) -> int:
@@ -598,85 +529,6 @@ class BilevelModule(LightningModule, Bilevel, ABC):
             self.log(name, value.float(), prog_bar=name in bar, batch_size=1)
         counts = {f"oracle/{n}": c.float() for n, c in zip(ORACLES, self.oracles, strict=True) if c > 0}
         self.log_dict(counts, batch_size=1)
-
-    @override
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, "val")
-
-    @override
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        self._evaluate(batch, "test")
-
-    def _evaluate(self, batch: Any, stage: str) -> None:
-        """Logs the task's metrics at the current y, or at the y solved for each episode where y does not persist.
-
-        Then their means are over episodes, and ``..._ci95`` are half the widths of 95 % confidence intervals.
-        """
-        with self._aside(), torch.inference_mode(False), torch.enable_grad():
-            batch = apply_to_collection(batch, Tensor, torch.clone)
-            found = [self._evaluated(*group) for group in self._groups(self.hooks.episodes(batch))]
-        for name in found[0]:
-            values = torch.cat([metrics[name].reshape(-1) for metrics in found]).float()
-            bar, key = name == "accuracy", f"{stage}_{name}"
-            if self.hooks.persistent_lower:
-                self.log(f"{stage}/{name}", values.mean(), sync_dist=True, batch_size=len(values), prog_bar=bar)
-                continue
-            # Metrics gather sums; Lightning's own mean rounds the number of values where processes differ in it.
-            self._add(f"{stage}/{name}", f"{key}_mean", MeanMetric, values, prog_bar=bar)
-            if name != "upper_loss":
-                self._add(f"{stage}/{name}_ci95", key, Interval, values)
-
-    def _add(self, name: str, key: str, kind: type[Metric], values: Tensor, prog_bar: bool = False) -> None:
-        """Updates a metric of the evaluation, kept under ``key``, and logs it."""
-        if key not in self.statistics:
-            self.statistics[key] = kind().to(self.device)
-        metric: Any = self.statistics[key]
-        metric(values)
-        self.log(name, metric, metric_attribute=f"statistics.{key}", prog_bar=prog_bar)
-
-    def _evaluated(self, episode: Any, number: int | None) -> dict[str, Tensor]:
-        """Returns the metrics of one episode or of a stack."""
-        problem, x, path = self.solved(episode, number)
-        start = y = next(path)
-        for y in path:  # noqa: B007 (the last one)
-            pass
-        with torch.no_grad():
-            found = {"upper_loss": problem.each_f(x, y), **problem.evaluate("metrics", x, y)}
-            if y is not start:
-                before = problem.evaluate("metrics", x, start, 0)
-                found.update({f"{name}_before": value for name, value in before.items()})
-        return found
-
-    def solved(self, episode: Any, number: int | None = None) -> tuple[BilevelProblem, Params, Iterator[Params]]:
-        """Returns the problem of an episode, its x, and its y as validation and test solve it, step by step from y_0.
-
-        Where y persists, there is one: the current y.
-
-        Args:
-            episode: one of the task's episodes, or several by `problem.stack`.
-            number: how many are stacked; None: one.
-        """
-        x = tree.clone(self.upper_parameters())
-        problem, z, _ = self._bind(episode, x, number)
-        if self.hooks.persistent_lower:
-            return problem, z, iter([tree.clone(tree.of(self.hooks.lower))])
-        return problem, z, self.adapt(problem, z, tree.clone(self._starts(x, episode, number)))
-
-    @override
-    def predict_step(self, batch: Any, batch_idx: int) -> Any:
-        if self.hooks.persistent_lower:
-            return self.hooks.predict(batch)
-        with self._aside(), torch.inference_mode(False), torch.enable_grad():
-            batch = apply_to_collection(batch, Tensor, torch.clone)
-            found = []
-            for i, episode in enumerate(self.hooks.episodes(batch)):
-                problem, x, path = self.solved(episode)
-                *_, y = path
-                with torch.no_grad():
-                    columns = problem.evaluate("predict", x, y)
-                number = torch.full_like(next(iter(columns.values())), i, dtype=torch.long)
-                found.append({"batch": torch.full_like(number, batch_idx), "episode": number, **columns})
-        return {name: torch.cat([columns[name] for columns in found]) for name in found[0]}
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

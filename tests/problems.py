@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from bilevel_lightning import BilevelTask, tree
-from bilevel_lightning.problem import bind
+from bilevel_lightning.binding import bind
 
 
 class Vector(nn.Module):

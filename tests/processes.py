@@ -10,10 +10,10 @@ import torch.distributed as dist
 from problems import Nonlinear
 
 from bilevel_lightning import Momentum, tree
+from bilevel_lightning.binding import bind
 from bilevel_lightning.cli import fit
 from bilevel_lightning.distributed import agree, mean_over_processes
 from bilevel_lightning.hypergradients import random_forward, reverse
-from bilevel_lightning.problem import bind
 
 
 class Rows(Nonlinear):

@@ -273,7 +273,7 @@ NAMES = [
 
 
 def test_methods_without_a_hypergradient_at_one_point_say_so():
-    without = {"VPBGD", "GPBGD", "BOME", "BVFSM", "MEHA", "IMAML", "Reptile"}
+    without = {"VPBGD", "GPBGD", "BOME", "BVFSM", "MEHA", "IMAML", "Reptile", "BAMM"}
     without |= {"SOBA", "MASOBA", "SABA", "SRBA", "FSLA", "MRBO", "SUSTAIN", "VRBO"}
     assert without == {name for name in algorithms.__all__ if not getattr(algorithms, name).estimates_hypergradient}
     for name in without:

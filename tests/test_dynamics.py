@@ -28,8 +28,9 @@ from bilevel_lightning import (
     Nesterov,
     tree,
 )
+from bilevel_lightning.binding import bind
 from bilevel_lightning.hypergradients import reverse
-from bilevel_lightning.problem import BilevelProblem, bind
+from bilevel_lightning.problem import BilevelProblem
 from bilevel_lightning.schedules import Cosine, InverseTime, Linear, Power
 
 TORCH = {

@@ -19,8 +19,8 @@ from bilevel_lightning import (
     Momentum,
     tree,
 )
+from bilevel_lightning.binding import bind
 from bilevel_lightning.datamodules.iterations import Iterations
-from bilevel_lightning.problem import bind
 from bilevel_lightning.state import State
 
 

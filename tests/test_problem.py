@@ -4,8 +4,8 @@ from problems import Nonlinear, Quadratic, Vector
 from torch import nn
 
 from bilevel_lightning import BilevelError, BilevelProblem, BilevelTask, GradientDescent, Minibatches, tree
+from bilevel_lightning.binding import bind, split
 from bilevel_lightning.hypergradients import reverse
-from bilevel_lightning.problem import bind, split
 
 
 def identity(values):

@@ -1,6 +1,7 @@
 """The algorithms, each named as in its paper. ``__all__`` is the only registry: tests and docs go over it."""
 
 from bilevel_lightning.algorithms.aid import AID, AIDCG, AIDFP, AIDNeumann, Nystrom
+from bilevel_lightning.algorithms.bamm import BAMM
 from bilevel_lightning.algorithms.bda import BDA
 from bilevel_lightning.algorithms.bome import BOME
 from bilevel_lightning.algorithms.bsa import BSA, TTSA
@@ -28,6 +29,7 @@ __all__ = [
     "AIDFP",
     "ALSET",
     "ANIL",
+    "BAMM",
     "BDA",
     "BOME",
     "BSA",

@@ -8,10 +8,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from bilevel_lightning import tree
+from bilevel_lightning.binding import start_depends_on_x
 from bilevel_lightning.errors import BilevelError, positive
 from bilevel_lightning.hypergradients.unrolled import Memory, differentiate
 from bilevel_lightning.module import BilevelModule, Step
-from bilevel_lightning.problem import BilevelProblem, start_depends_on_x
+from bilevel_lightning.problem import BilevelProblem
 from bilevel_lightning.tree import Params
 
 AUXILIARY = "auxiliary/"

@@ -8,11 +8,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from bilevel_lightning.algorithms.rhg import RHG
+from bilevel_lightning.binding import own
 from bilevel_lightning.dynamics import Dynamics, GradientDescent
 from bilevel_lightning.errors import BilevelError
 from bilevel_lightning.hypergradients import reverse
 from bilevel_lightning.module import Step
-from bilevel_lightning.problem import BilevelProblem, own
+from bilevel_lightning.problem import BilevelProblem
 from bilevel_lightning.tree import Params
 
 LEAST = 0.03

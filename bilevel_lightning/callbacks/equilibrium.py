@@ -9,10 +9,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from bilevel_lightning import tree
+from bilevel_lightning.binding import bind, own, size, split
 from bilevel_lightning.distributed import mean_over_processes
 from bilevel_lightning.hypergradients import implicit
 from bilevel_lightning.linear_solvers import LinearSolver, Neumann
-from bilevel_lightning.problem import bind, own, size, split
 from bilevel_lightning.tree import Params
 
 
@@ -49,7 +49,7 @@ class UpperStationarity(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         module: Any = pl_module
-        with module._aside(), torch.inference_mode(False), torch.enable_grad():
+        with module.aside(), torch.inference_mode(False), torch.enable_grad():
             for episode in module.hooks.episodes(apply_to_collection(batch, Tensor, torch.clone)):
                 _, _, path = module.solved(episode)
                 *_, y = path

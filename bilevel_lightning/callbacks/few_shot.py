@@ -15,9 +15,9 @@ from rich.table import Table
 from torch import Tensor
 from typing_extensions import override
 
+from bilevel_lightning.binding import split
 from bilevel_lightning.callbacks.pictures import Picture, draw
 from bilevel_lightning.errors import positive
-from bilevel_lightning.problem import split
 
 RED, BLUE, GREY = "#c1272d", "#0072b2", "#777777"
 
@@ -52,7 +52,7 @@ class _Figures(Callback, ABC):
         folder = trainer.log_dir  # all processes agree on it
         if not trainer.is_global_zero or self.batch is None or trainer.sanity_checking or not trainer.loggers:
             return
-        with pl_module._aside(), torch.inference_mode(False), torch.enable_grad():  # type: ignore[operator]
+        with pl_module.aside(), torch.inference_mode(False), torch.enable_grad():  # type: ignore[operator]
             figure = self.figure(pl_module, apply_to_collection(self.batch, Tensor, torch.clone))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from bilevel_lightning import tree
 from bilevel_lightning.algorithms import AID
+from bilevel_lightning.binding import bind, own
 from bilevel_lightning.checks import check_losses
 from bilevel_lightning.diagnosis.report import PRODUCTS, SETTLED, TOLERANCE, Report
 from bilevel_lightning.errors import BilevelError, Diverged, positive
 from bilevel_lightning.hypergradients import reverse
 from bilevel_lightning.linear_solvers import Dense
 from bilevel_lightning.module import BilevelModule, Step
-from bilevel_lightning.problem import BilevelProblem, Operator, bind, own
+from bilevel_lightning.problem import BilevelProblem, Operator
 from bilevel_lightning.tree import Params
 
 STEPS, NUMBERS = 2000, 10**8  # most lower steps of the reference, and numbers in all their iterates

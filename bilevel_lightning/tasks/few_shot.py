@@ -11,11 +11,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from typing_extensions import override
 
 from bilevel_lightning import tree
+from bilevel_lightning.binding import split
 from bilevel_lightning.callbacks.few_shot import AdaptationCurve, EpisodeFigure, FewShotReport, RegressionFigure
 from bilevel_lightning.distributed import gather, processes, rank
 from bilevel_lightning.errors import BilevelError
 from bilevel_lightning.models import PerStepBatchNorm2d
-from bilevel_lightning.problem import split
 from bilevel_lightning.state import Row, State
 from bilevel_lightning.task import BilevelTask
 from bilevel_lightning.tree import Params

@@ -10,8 +10,8 @@ from problems import Quadratic, Vector
 from pytorch_lightning import Callback
 
 from bilevel_lightning import DARTS, GradientDescent, algorithms, linear_solvers, tree
+from bilevel_lightning.binding import bind
 from bilevel_lightning.linear_solvers import ConjugateGradient, FixedPointIteration, Neumann
-from bilevel_lightning.problem import bind
 
 ALGORITHMS = [getattr(algorithms, name) for name in algorithms.__all__]
 
@@ -109,6 +109,7 @@ NEAR = {
     "SABA": ({"lower_lr": 0.4}, 200, 1e-10),
     "SRBA": ({"lower_lr": 0.4}, 200, 1e-10),
     "FSLA": ({"lower_lr": 0.4}, 200, 1e-10),
+    "BAMM": ({"mu": 0.0, "lower_lr": 0.4}, 200, 1e-10),  # mu > 0 is below
     "MRBO": ({"lower_lr": 0.4, "linear_steps": 150, "linear_lr": 0.4}, 100, 1e-10),
     "MEHA": ({"gamma": 1.0, "c": 1e3, "lower_lr": 0.3, "lower_steps": 1, "dynamics": GradientDescent(0.2)}, 300, 3e-3),
 }
@@ -201,6 +202,19 @@ def test_step_keeps_names_and_shapes_and_touches_nothing(algorithm):
         assert not any(t.requires_grad for t in got.values())
     assert all(p.grad is None for p in module.parameters())
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+
+
+def test_bamm_with_a_fixed_share_solves_the_aggregated_problem():
+    """At a fixed x, y comes to argmin psi and the direction to the gradient of f(x, argmin psi(x, .))."""
+    task, share = Quadratic(), 0.3
+    x = task.upper.x.detach().clone().requires_grad_()
+    matrix = share * torch.eye(len(task.c), dtype=x.dtype) + (1 - share) * task.A
+    y = torch.linalg.solve(matrix, share * task.c + (1 - share) * task.B @ x)
+    (want,) = torch.autograd.grad(0.5 * (y - task.c).square().sum() + 0.5 * task.rho * x.square().sum(), x)
+    step = settled(prepared(algorithms.BAMM, task, mu=share, lower_lr=0.4), 200)
+    found = torch.cat([t.flatten() for t in step.lower.values()])
+    assert relative(found, y.detach()) < 1e-10
+    assert relative(step.upper_grad["x"], want) < 1e-10
 
 
 class Gap(Callback):

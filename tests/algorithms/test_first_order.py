@@ -9,7 +9,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from bilevel_lightning import BilevelError, BilevelTask, GradientDescent, tree
 from bilevel_lightning.algorithms import BOME, BVFSM, F2SA, GPBGD, MEHA, RHG, VPBGD
-from bilevel_lightning.problem import bind
+from bilevel_lightning.binding import bind
 from bilevel_lightning.schedules import Linear, Power
 
 

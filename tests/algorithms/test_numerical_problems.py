@@ -8,10 +8,10 @@ from loops import fit
 from pytorch_lightning import Callback
 
 from bilevel_lightning import AIDCG, RHG, BilevelError, GradientDescent
-from bilevel_lightning.algorithms import F2SA, GPBGD, MEHA, VPBGD
+from bilevel_lightning.algorithms import BAMM, F2SA, GPBGD, MEHA, VPBGD
 from bilevel_lightning.callbacks import ResidualStopping
 from bilevel_lightning.schedules import Power
-from bilevel_lightning.tasks import GPBGDTrap, Lasso, MerelyConvex, PBGDToy, SineSum
+from bilevel_lightning.tasks import GPBGDTrap, Lasso, MerelyConvex, PBGDToy, SineSum, StronglyConvex
 
 
 @pytest.fixture(autouse=True)
@@ -122,6 +122,24 @@ def test_the_paper_setting_of_the_merely_convex_problem_trips_the_divergence_gua
     for t in ends(task):
         assert torch.isfinite(t).all()
         assert (t - 1).abs().min() > 1
+
+
+def test_bamm_solves_the_merely_convex_problem_and_the_strongly_convex_one():
+    task = MerelyConvex(n=2)
+    settings = {"lower_lr": 0.2, "upper_optimizer": sgd(0.1), "upper_iterations": 100}
+    fit(BAMM(task=task, mu=Power(0.9, -0.1), **settings), 1000)
+    for t in ends(task):
+        assert (t - 1).abs().max() < 1e-5
+    task = StronglyConvex(n=2)
+    fit(BAMM(task=task, mu=0.0, **settings), 300)
+    for t in ends(task):
+        assert (t - 0.5).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("mu", [-0.1, 1.0])
+def test_the_share_of_bamm_is_checked(mu):
+    with pytest.raises(BilevelError, match=r"mu must be in \[0, 1\)"):
+        BAMM(task=MerelyConvex(n=1), mu=mu)
 
 
 def test_methods_that_need_a_unique_lower_solution_miss_the_merely_convex_one():

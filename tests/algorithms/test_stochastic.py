@@ -33,11 +33,11 @@ from bilevel_lightning import (
     hypergradient,
     tree,
 )
+from bilevel_lightning.binding import bind
 from bilevel_lightning.callbacks import SampleBudget
 from bilevel_lightning.datamodules import TwoLevelData
 from bilevel_lightning.estimators import SAGA, SARAH, STORM, MovingAverage, Plain
 from bilevel_lightning.hypergradients.implicit import LinearSystemWarning
-from bilevel_lightning.problem import bind
 from bilevel_lightning.schedules import InverseTime, Linear, Power
 
 N, M, DIM, UPPER = 40, 30, 5, 3

@@ -3,9 +3,9 @@ from loops import trainer
 from problems import ScalarStronglyConvex
 
 from bilevel_lightning import RHG, BilevelError
+from bilevel_lightning.binding import size, split
 from bilevel_lightning.datamodules import NoData
 from bilevel_lightning.module import ORACLES
-from bilevel_lightning.problem import size, split
 
 
 class Recorded(NoData):

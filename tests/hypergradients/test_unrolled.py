@@ -5,8 +5,8 @@ import torch
 from problems import Contraction, FromX, Nonlinear, Quadratic, ScalarMerelyConvex, ScalarStronglyConvex
 
 from bilevel_lightning import Adam, FixedPoint, GradientDescent, HeavyBall, Momentum, Nesterov, tree
+from bilevel_lightning.binding import bind
 from bilevel_lightning.hypergradients import reverse
-from bilevel_lightning.problem import bind
 from bilevel_lightning.schedules import InverseTime
 
 DYNAMICS = {

@@ -7,8 +7,8 @@ from torch.func import functional_call, stack_module_state, vmap
 from torch.nn import functional
 
 from bilevel_lightning import BilevelError
+from bilevel_lightning.binding import Functional, running_norms
 from bilevel_lightning.models import PerStepBatchNorm2d, normalization
-from bilevel_lightning.problem import Functional, running_norms
 
 
 def maps(*shape, seed=0):

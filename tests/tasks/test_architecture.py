@@ -17,9 +17,9 @@ from bilevel_lightning import (
     hypergradient,
     tree,
 )
+from bilevel_lightning.binding import bind
 from bilevel_lightning.datamodules import DigitsSearch
 from bilevel_lightning.models import Genotype, SearchNetwork
-from bilevel_lightning.problem import bind
 from bilevel_lightning.tasks import ArchitectureSearch
 
 OPERATIONS = ("none", "skip_connect", "avg_pool_3x3", "sep_conv_3x3", "dil_conv_3x3")

@@ -10,10 +10,10 @@ from pytorch_lightning import LightningDataModule
 from torch.nn.functional import cross_entropy, unfold
 
 from bilevel_lightning import RHG, TRHG, AIDNeumann, Anderson, BilevelError, FixedPoint, hypergradient, tree
+from bilevel_lightning.binding import bind
 from bilevel_lightning.datamodules import DigitsEquilibrium
 from bilevel_lightning.linear_solvers import Neumann
 from bilevel_lightning.models import ConvolutionalCell, DenseCell
-from bilevel_lightning.problem import bind
 from bilevel_lightning.tasks import Equilibrium
 
 SHAPE, SAMPLES = (1, 8, 8), 12

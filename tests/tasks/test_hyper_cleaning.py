@@ -3,10 +3,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from bilevel_lightning import BilevelError, GradientDescent, tree
+from bilevel_lightning.binding import bind
 from bilevel_lightning.datamodules import DigitsCleaning
 from bilevel_lightning.hypergradients import reverse
 from bilevel_lightning.models import ConvNet, LinearNet, MLPNet
-from bilevel_lightning.problem import bind
 from bilevel_lightning.tasks import HyperCleaning
 
 

@@ -6,9 +6,9 @@ from jsonargparse import ArgumentParser
 from loops import trainer
 
 from bilevel_lightning import AIDCG, RHG, BilevelError, BilevelTask, GradientDescent, tree
+from bilevel_lightning.binding import bind
 from bilevel_lightning.callbacks import SolutionError
 from bilevel_lightning.datamodules import NoData
-from bilevel_lightning.problem import bind
 from bilevel_lightning.tasks import (
     BDACounterExample,
     GPBGDTrap,

@@ -5,11 +5,11 @@ from scipy.optimize import minimize
 from torch.nn.functional import cross_entropy
 
 from bilevel_lightning import BilevelError, GradientDescent, Minibatches, tree
+from bilevel_lightning.binding import bind
 from bilevel_lightning.datamodules import DigitsPoisoning
 from bilevel_lightning.hypergradients import implicit, reverse
 from bilevel_lightning.linear_solvers import Dense
 from bilevel_lightning.models import LinearNet
-from bilevel_lightning.problem import bind
 from bilevel_lightning.tasks import Poisoning
 
 NORMS = {"l2": 2.0, "l1": 1.0, "linf": float("inf")}
