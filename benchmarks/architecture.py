@@ -198,10 +198,12 @@ class Costs:
 
 
 def plain(costs: Costs, steps: int) -> None:
-    """Steps y once by its loss, hand-written."""
+    """Steps y once by its loss, hand-written; x is a constant."""
     y = list(costs.task.lower.parameters())
+    costs.task.upper.requires_grad_(False)
     for t, g in zip(y, torch.autograd.grad(costs.task.lower_loss(costs.parts[0]), y), strict=True):
         t.data.sub_(g, alpha=1e-3)
+    costs.task.upper.requires_grad_(True)
 
 
 def iteration(costs: Costs, steps: int, make: Callable[[], BilevelModule]) -> None:
