@@ -36,12 +36,12 @@ def direction(name: str, structure: str, parts: dict, autocast: bool) -> torch.T
         batch = {"lower": (*parts["support"], torch.arange(25)), "upper": parts["query"]}
     else:
         task, batch = FewShot(body, head, adapt=structure, regularizer="ridge", regularization=0.05), parts
-    module = getattr(algorithms, name)(task=task, **({} if "MAML" in name else {"lower_steps": 5}))
+    module = getattr(algorithms, name)(task=task, **({} if "MAML" in name or name == "GPBGD" else {"lower_steps": 5}))
     module.configure_model()
     torch.manual_seed(1)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         problem, x, pull_back = bind(task, batch, tree.detach(module.upper_parameters()), lambda values: values)
-        step = module.bilevel_step(problem, x, module.start_lower(x))
+        step = module.bilevel_step(problem, x, module.start_lower(x, batch))
         return torch.cat([t.flatten().float() for t in pull_back(step.upper_grad).values()])
 
 

@@ -47,6 +47,36 @@ def check_trainer(trainer: Trainer) -> None:
             )
 
 
+def output_shape(model: nn.Module, inputs: Tensor) -> tuple[int, ...]:
+    """Returns the shape of what a task's model gives for the first of ``inputs`` alone.
+
+    Raises:
+        BilevelError: if it does not accept that.
+    """
+    like = next(model.parameters(), torch.empty(0))
+    try:
+        with torch.no_grad():
+            first = inputs[:1].to(like) if inputs.is_floating_point() else inputs[:1].to(like.device)
+            return tuple(model(first).shape)
+    except (RuntimeError, IndexError) as error:
+        kind = "images" if inputs.ndim == 4 else "inputs"
+        raise BilevelError(
+            f"task.model does not accept {kind} of shape {tuple(inputs.shape[1:])} ({error}); set its "
+            f"{'image_shape' if inputs.ndim == 4 else 'sizes'} to the data's."
+        ) from error
+
+
+def check_classifier(model: nn.Module, images: Tensor, classes: int) -> None:
+    """Looks whether a task's model takes images and gives one number for each class.
+
+    Raises:
+        BilevelError: if not.
+    """
+    shape = output_shape(model, images)
+    if shape != (1, classes):
+        raise BilevelError(f"task.model returns shape {shape} for one image instead of (1, {classes}).")
+
+
 def check_levels(task: Bilevel) -> tuple[Params, Params]:
     """Returns x and y of a task.
 

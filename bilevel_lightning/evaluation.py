@@ -15,13 +15,14 @@ from bilevel_lightning.binding import bind, own, stack, unstack
 from bilevel_lightning.distributed import agree, mean_over_processes
 from bilevel_lightning.dynamics import Dynamics
 from bilevel_lightning.interval import Interval
+from bilevel_lightning.pickling import Picklable
 from bilevel_lightning.problem import BilevelProblem, Operator
 from bilevel_lightning.state import State
 from bilevel_lightning.task import Bilevel, BilevelTask
 from bilevel_lightning.tree import Params
 
 
-class Evaluation(LightningModule, Bilevel):
+class Evaluation(Picklable, LightningModule, Bilevel):
     """What `BilevelModule` does with a batch without learning from it."""
 
     side_by_side = False

@@ -124,6 +124,8 @@ class BilevelModule(Evaluation, ABC):
     compilable = False
     partitioned = False
     """Whether minibatches must be parts of a fixed partition of the samples, each part being remembered."""
+    lower_loop = True
+    """Whether there is one, of ``lower_steps``: what to raise where the lower level is not solved."""
     estimates_hypergradient = True
     """Whether one `bilevel_step` at a fixed x gives it; not where y or a twin is solved across iterations."""
 
@@ -440,7 +442,7 @@ class BilevelModule(Evaluation, ABC):
             rank_zero_warn(
                 f"|g_y| is {stationarity:.3g} at upper iteration {self.global_step} and was {first:.3g} when the run "
                 f"began: the lower level is not solved, and its hypergradient cannot be trusted. Lower "
-                f"{self.lower_rates}, or raise lower_steps; bilevel-check tells more."
+                f"{self.lower_rates}{', or raise lower_steps' if self.lower_loop else ''}; bilevel-check tells more."
             )
 
     def _iterate(self, x: Params, y: Params, episode: Any, number: int | None) -> tuple[BilevelProblem, Params, Step]:

@@ -16,13 +16,13 @@ from pytorch_lightning import Callback, LightningDataModule
 from torch import nn
 
 from bilevel_lightning import BilevelError, GradientDescent, algorithms
-from bilevel_lightning.datamodules import Sinusoid
+from bilevel_lightning.datamodules import Sinusoid, SyntheticText
 from bilevel_lightning.datamodules.cleaning import CleaningData
 from bilevel_lightning.datamodules.images import Source
 from bilevel_lightning.datamodules.iterations import Iterations
 from bilevel_lightning.hypergradients.implicit import LinearSystemWarning
 from bilevel_lightning.models import LinearHead, LinearNet, RegressionMLP
-from bilevel_lightning.tasks import FewShot, FewShotRegression, HyperCleaning
+from bilevel_lightning.tasks import FewShot, FewShotRegression, HyperCleaning, PenaltySelection
 
 STEPS, MIDDLE, EPOCH = 6, 3, 4  # the checkpoint is written in the middle of an epoch, and another epoch begins after it
 PROBLEMS = ("cleaning", "episodes")
@@ -123,6 +123,11 @@ def trained(case, problem, *, ckpt_path=None, workers=0, steps=STEPS, precision=
     """Trains; returns all that a checkpoint holds of the module, whether random numbers were drawn, or the refusal."""
     module = made(case, problem)
     data = Patches(whole=module.upper_iterations > 1) if problem == "cleaning" else Uneven(workers)
+    return ended(module, data, ckpt_path=ckpt_path, steps=steps, precision=precision, **settings)
+
+
+def ended(module, data, *, ckpt_path=None, steps=STEPS, precision="64-true", **settings):
+    """Trains a module on data; returns what `trained` does."""
     run = trainer(steps * module.upper_iterations, precision=precision, **settings)
     before = torch.get_rng_state()
     with warnings.catch_warnings():
@@ -139,6 +144,33 @@ def trained(case, problem, *, ckpt_path=None, workers=0, steps=STEPS, precision=
         "drawn": not torch.equal(before, torch.get_rng_state()),
         "steps": run.global_step,
     }
+
+
+# What a task or data keep by episode, or deliver sparse; each: the module and the data of one of ``world`` processes.
+EXTRAS = ("heads of the last batch", "heads of each task", "sparse text", "sparse minibatches")
+
+
+def extra(name, world, **settings):
+    """Trains one of ``EXTRAS``; two processes have half a batch each."""
+    torch.manual_seed(0)
+    if name.startswith("sparse"):
+        sizes = (None, None) if name == "sparse text" else (12, 8)
+        data = SyntheticText(
+            3, 24, 16, 6, vocabulary=40, words=10, lower_batch_size=sizes[0], upper_batch_size=sizes[1]
+        )
+        task = PenaltySelection(40, "multinomial", 3, initial=-3.0)
+        module = algorithms.AIDCG(task=task, dynamics=GradientDescent(0.5), lower_steps=4, warm_start_linear=True)
+    else:
+        tasks = 12 if name == "heads of each task" else None
+        sizes = {"episodes_per_batch": 4 // world, "val_episodes": 2, "test_episodes": 2, "epoch_length": EPOCH}
+        data = Sinusoid(shots=3, queries=4, train_episodes=tasks, **sizes)
+        body = nn.Sequential(nn.Linear(1, 5), nn.Tanh())
+        task = FewShotRegression(
+            body, LinearHead(5, 1), start="fixed", regularizer="ridge", regularization=0.1, stored_heads=tasks or 4
+        )
+        module = algorithms.BSGM(task=task, dynamics=GradientDescent(0.05), lower_steps=3)
+    task.callbacks = list
+    return ended(module, data, limit_val_batches=0, **settings)
 
 
 def file(folder, case, problem):
@@ -183,6 +215,8 @@ def worker(rank, folder):
     for problem in PROBLEMS:
         for case in CASES:
             results["pair", case, problem] = trained(case, problem, **pair)
+    for name in EXTRAS:
+        results["pair", name] = extra(name, 2, **pair)
     results["seen"] = episodes_seen(size=2, **pair)
     torch.save(results, Path(folder) / f"results {rank}.pt")
     dist.destroy_process_group()

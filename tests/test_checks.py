@@ -7,7 +7,7 @@ from problems import Quadratic
 from pytorch_lightning import Callback
 from torch import nn
 
-from bilevel_lightning import AIDCG, RHG, BilevelError, BilevelTask, GradientDescent, tree
+from bilevel_lightning import AIDCG, RHG, SOBA, BilevelError, BilevelTask, GradientDescent, tree
 
 
 def sgd(lr):
@@ -111,15 +111,22 @@ def test_divergence_names_level_iteration_and_setting(settings, words):
     assert str(error.value) == words
 
 
-def test_a_lower_level_that_is_not_solved_is_told_once():
+@pytest.mark.parametrize(
+    ("algorithm", "settings", "remedy"),
+    [
+        (RHG, {"dynamics": GradientDescent(0.51), "lower_steps": 20}, "dynamics.lr, or raise lower_steps"),
+        (SOBA, {"lower_lr": 0.7}, "lower_lr"),
+    ],
+)
+def test_a_lower_level_that_is_not_solved_is_told_once(algorithm, settings, remedy):
     task = Quadratic()
     with pytest.warns(UserWarning, match="g_y") as found:
-        fit(RHG(task=task, dynamics=GradientDescent(0.51), lower_steps=20, upper_optimizer=sgd(1e-9)), 6)
+        fit(algorithm(task=task, upper_optimizer=sgd(1e-9), **settings), 6)
     words = ours(found)
     assert words.startswith("|g_y| is ")
     assert words.endswith(
         "when the run began: the lower level is not solved, and its hypergradient cannot be trusted. Lower "
-        "dynamics.lr, or raise lower_steps; bilevel-check tells more."
+        f"{remedy}; bilevel-check tells more."
     )
 
 

@@ -30,6 +30,7 @@ from bilevel_lightning import (
     linear_solvers,
     tree,
 )
+from bilevel_lightning.algorithms.penalty import Loopless
 from bilevel_lightning.hypergradients import LinearSystemWarning, reverse
 
 RULES = ["graph", "recompute", "mixed", "differences"]
@@ -290,7 +291,8 @@ def fine(name):
 @pytest.mark.parametrize("name", sorted({*algorithms.__all__} - LEARN_THE_START))
 def test_running_statistics_advance_once_in_an_upper_iteration(name):
     task = Normalised()
-    module = getattr(algorithms, name)(task=task, lower_steps=3, **fine(name))
+    algorithm = getattr(algorithms, name)
+    module = algorithm(task=task, **({} if issubclass(algorithm, Loopless) else {"lower_steps": 3}), **fine(name))
     fit(module, 2)
     assert int(task.lower[1].num_batches_tracked) == 2
 

@@ -4,9 +4,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import contract
 import processes
 import pytest
 import torch
+from loops import trainer
 
 from bilevel_lightning.cli import fit
 
@@ -91,6 +93,22 @@ def test_the_command_line_on_two_processes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     fit([*DIGITS, *alone("one")])
     assert output("-m", "bilevel_lightning", *DIGITS, *shared("two")).count("clean samples only") == 1
+    assert_same_weights("one", "two")
+
+
+@pytest.mark.slow
+def test_spawned_processes_are_one_from_python_and_from_the_command_line(tmp_path, monkeypatch):
+    """The module is pickled for them, with its default settings; afterwards it holds their values."""
+    monkeypatch.chdir(tmp_path)
+    whole, pair = contract.made("TRHG", "cleaning").double(), contract.made("TRHG", "cleaning").double()
+    assert pair.upper_optimizer.__name__ == "<lambda>"
+    for module, settings in ((whole, {}), (pair, {"strategy": "ddp_spawn", "devices": 2})):
+        trainer(3, precision="64-true", **settings).fit(module, datamodule=contract.Patches())
+    assert pair.task.upper.logits.any()
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(pair.state_dict()[name], value, rtol=1e-10, atol=1e-12)
+    fit([*MINIBATCHES, *alone("one")])
+    fit([*MINIBATCHES, *shared("two"), "--trainer.strategy=ddp_spawn"])
     assert_same_weights("one", "two")
 
 

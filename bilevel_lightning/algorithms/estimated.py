@@ -6,22 +6,21 @@ from typing import Any
 
 from typing_extensions import override
 
-from bilevel_lightning.algorithms.penalty import SingleLoop
+from bilevel_lightning.algorithms.penalty import Loopless
 from bilevel_lightning.errors import BilevelError
 from bilevel_lightning.estimators import Estimator, Memory, Plain, Term
 from bilevel_lightning.task import Bilevel, Draws
 from bilevel_lightning.tree import Params
 
 
-class Estimated(SingleLoop, ABC):
+class Estimated(Loopless, ABC):
     """Base of the stochastic methods whose directions an `Estimator` makes.
 
-    Their y takes one step of size ``lower_lr``: ``dynamics`` and ``lower_steps`` of `BilevelModule` have no part in it,
-    but for VRBO's ``lower_steps``. SAGA and SARAH need data that know of them, such as `TwoLevelData`.
+    SAGA and SARAH need data that know of them, such as `TwoLevelData`.
 
     Args:
         estimator: of the directions.
-        **kwargs: settings of `SingleLoop`.
+        **kwargs: settings of `SingleLoop`, but for ``dynamics`` and ``lower_steps``.
 
     Raises:
         BilevelError: if warm_start is False; if the lower level has a fixed-point map, a projection or a proximal map;

@@ -28,7 +28,8 @@ class MRBO(Estimated):
         linear_steps: K. Default 10.
         linear_lr: rho. Default 0.1.
         lower_lr: step size of y, or a schedule over the upper iterations. Default 0.1.
-        **kwargs: settings of `SingleLoop`. In the paper the steps of y and x fall as ``(k + 1)^{-1/3}``.
+        **kwargs: settings of `SingleLoop`, but for ``dynamics`` and ``lower_steps``. In the paper the steps of y and x
+            fall as ``(k + 1)^{-1/3}``.
 
     References:
         J. Yang, K. Ji, Y. Liang. Provably Faster Algorithms for Bilevel Optimization. NeurIPS 2021.
@@ -115,8 +116,11 @@ class VRBO(MRBO):
         J. Yang, K. Ji, Y. Liang. Provably Faster Algorithms for Bilevel Optimization. NeurIPS 2021.
     """
 
+    lower_loop = True
+
     def __init__(self, *, estimator: SARAH = SARAH(10), lower_steps: int = 3, **kwargs: Any) -> None:  # noqa: B008
-        super().__init__(estimator=estimator, lower_steps=lower_steps, **kwargs)
+        super().__init__(estimator=estimator, **kwargs)
+        self.lower_steps = int(positive("lower_steps", lower_steps))
 
     @override
     def minibatches(self, k: int) -> tuple[Draws, Draws]:

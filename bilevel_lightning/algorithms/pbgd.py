@@ -6,7 +6,7 @@ import torch
 from pytorch_lightning.cli import OptimizerCallable
 from typing_extensions import override
 
-from bilevel_lightning.algorithms.penalty import SingleLoop
+from bilevel_lightning.algorithms.penalty import Loopless, SingleLoop
 from bilevel_lightning.errors import BilevelError
 from bilevel_lightning.module import Step
 from bilevel_lightning.problem import BilevelProblem
@@ -110,7 +110,7 @@ class VPBGD(PBGD):
         return Step(d_x, self.move(problem, x, y, d_y, weight), logs, {} if kept is None else {"twin": w})
 
 
-class GPBGD(PBGD):
+class GPBGD(Loopless, PBGD):
     r"""Gradient-norm penalty: gradient descent on f + gamma |g_y|^2 / 2.
 
     d_x = c (f_x + gamma g_xy g_y),  d_y = c (f_y + gamma g_yy g_y),  c = min(1 / gamma, 1), all at (x, y); x and y step
@@ -122,8 +122,8 @@ class GPBGD(PBGD):
             takes a ramp from 0 to 37 in data hyper-cleaning.
         lower_lr: step size of y, or a schedule over the upper iterations. Default 0.1.
         rescale: c as above (default, the released code's); False: c = 1.
-        **kwargs: settings of `BilevelModule`; ``dynamics`` and ``lower_steps`` are not used. ``upper_optimizer`` is SGD
-            with step size 0.1 by default.
+        **kwargs: settings of `BilevelModule`, but for ``dynamics`` and ``lower_steps``. ``upper_optimizer`` is SGD with
+            step size 0.1 by default.
 
     Raises:
         BilevelError: if a setting is out of its range, y does not persist, or the lower level has a projection or

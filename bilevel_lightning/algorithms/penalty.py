@@ -7,6 +7,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from bilevel_lightning import tree
+from bilevel_lightning.dynamics import GradientDescent
 from bilevel_lightning.errors import BilevelError
 from bilevel_lightning.module import BilevelModule
 from bilevel_lightning.problem import BilevelProblem
@@ -59,3 +60,23 @@ class SingleLoop(BilevelModule, ABC):
                 "cannot be negative: the twin diverges, or is not solved. Lower dynamics.lr, or raise lower_steps."
             )
         return gap
+
+
+class Loopless(SingleLoop, ABC):
+    """Base of the single-loop methods without a lower loop: ``dynamics`` and ``lower_steps`` have no part in them.
+
+    Raises:
+        BilevelError: if one of the two is given.
+    """
+
+    lower_rates, lower_loop = "lower_lr", False
+
+    def __init__(self, **kwargs: Any) -> None:
+        for name in {"dynamics", "lower_steps"} & kwargs.keys():
+            if kwargs[name] != 1:  # lower_steps = 1 says what is, and lies in the checkpoints of runs from Python
+                raise BilevelError(
+                    f"{name} has no part in {type(self).__name__}, which moves y by steps of lower_lr: leave {name} "
+                    "out, and set lower_lr."
+                )
+            del kwargs[name]
+        super().__init__(dynamics=GradientDescent(lr=0.1), lower_steps=1, **kwargs)

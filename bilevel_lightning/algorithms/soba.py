@@ -27,7 +27,8 @@ class SOBA(Estimated):
         lower_lr: rho, or a schedule over the upper iterations. Default 0.2.
         upper_optimizer: as in `BilevelModule`. Default SGD with step size 0.02: y and v lag behind x, so that its step
             times the curvature of f(x, y*(x)) must be well below rho times that of g; for Adam, lower its step.
-        **kwargs: settings of `SingleLoop`. In the paper the steps of y, v and x fall as ``(k + 1)^{-1/2}``.
+        **kwargs: settings of `SingleLoop`, but for ``dynamics`` and ``lower_steps``. In the paper the steps of y, v and
+            x fall as ``(k + 1)^{-1/2}``.
 
     References:
         M. Dagréou, P. Ablin, S. Vaiter, T. Moreau. A framework for bilevel optimization that enables stochastic and

@@ -6,7 +6,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info
 from typing_extensions import override
 
-from bilevel_lightning.errors import positive
+from bilevel_lightning.errors import BilevelError, positive
 from bilevel_lightning.module import ORACLES
 
 
@@ -21,11 +21,20 @@ class SampleBudget(Callback):
             Optimization with a Lower-level Contraction", JMLR 2023).
 
     Raises:
-        BilevelError: if samples is not positive.
+        BilevelError: if samples is not positive, or ``upper_iterations`` is more than 1: training ends between batches.
     """
 
     def __init__(self, samples: float) -> None:
         self.samples = positive("SampleBudget.samples", samples)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        several = getattr(pl_module, "upper_iterations", 1)
+        if several > 1:
+            raise BilevelError(
+                f"SampleBudget ends training after a batch, and model.upper_iterations={several} takes that many upper "
+                "iterations on each: leave upper_iterations out, or end training by trainer.max_steps."
+            )
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,6 +1,5 @@
 """What a person sees of hyper-cleaning: the weights, the suspicious images, and what the weights are worth."""
 
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from typing_extensions import override
 
 from bilevel_lightning.callbacks.pictures import Picture, draw
+from bilevel_lightning.callbacks.retraining import Retraining
 from bilevel_lightning.errors import positive
 
 
@@ -88,7 +88,7 @@ class SuspiciousImages(Callback):
             self.figure(trainer, pl_module).savefig(Path(folder) / "suspicious_images.png", dpi=120)
 
 
-class CleaningReport(Callback):
+class CleaningReport(Retraining):
     """Retrains the model from scratch on the learnt weights and beside three controls, and prints the table.
 
     All rows start at the weights that the model had before the run, take the same steps, and are tested once, at the
@@ -105,7 +105,7 @@ class CleaningReport(Callback):
     Args:
         steps: optimizer steps of each training. Default 500.
         optimizer: any of torch's. Default SGD with step size 0.1 and momentum 0.9.
-        batch_size: minibatch size; None (default): all samples at once.
+        batch_size: minibatch size, drawn with replacement; None (default): all samples at once.
     """
 
     def __init__(
@@ -114,15 +114,7 @@ class CleaningReport(Callback):
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
         batch_size: int | None = None,
     ) -> None:
-        self.steps = int(positive("CleaningReport.steps", steps))
-        self.optimizer, self.batch_size = optimizer, batch_size
-        self.scratch: nn.Module | None = None
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and self.scratch is None:
-            task: Any = pl_module.hooks
-            self.scratch = deepcopy(task.lower)
+        super().__init__(steps, optimizer, batch_size)
 
     @override
     @rank_zero_only
@@ -153,23 +145,13 @@ class CleaningReport(Callback):
 
     def retrain(self, images: Tensor, labels: Tensor, weights: Tensor, test: tuple[Any, ...]) -> Tensor:
         """Trains a copy of the model from scratch and returns its accuracy on the test set."""
-        model = deepcopy(self.scratch).to(images).train()  # type: ignore[union-attr]
-        optimizer = self.optimizer(model.parameters())
-        generator = torch.Generator().manual_seed(0)
-        size = len(labels) if self.batch_size is None else min(self.batch_size, len(labels))
-        with torch.inference_mode(False), torch.enable_grad():
-            for _ in range(self.steps):
-                if size < len(labels):
-                    i = torch.randperm(len(labels), generator=generator)[:size].to(images.device)
-                    x, y, w = images[i], labels[i], weights[i]
-                else:
-                    x, y, w = images, labels, weights
-                loss: Tensor = (w * cross_entropy(model(x), y, reduction="none")).sum() / w.sum()
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
+
+        def loss(model: nn.Module, x: Tensor, y: Tensor, w: Tensor) -> Tensor:
+            return (w * cross_entropy(model(x), y, reduction="none")).sum() / w.sum()
+
+        model = self.trained((images, labels, weights), loss).eval()
         with torch.no_grad():
-            right: Tensor = model.eval()(test[0]).argmax(1) == test[1]
+            right: Tensor = model(test[0]).argmax(1) == test[1]
             return right.float().mean()
 
     def show(self, trainer: Trainer, rows: dict[str, float], found: dict[str, float]) -> None:
@@ -190,6 +172,4 @@ class CleaningReport(Callback):
             cleaning.add_row(*(f"{value:.3f}" for value in found.values()))
             console.print(cleaning)
         keys = {name.split(" (")[0].replace(" ", "_"): value for name, value in rows.items()}
-        for logger in trainer.loggers:
-            logger.log_metrics({f"report/{k}": v for k, v in {**keys, **found}.items()}, step=trainer.global_step)
-            logger.save()
+        self.report(trainer, {**keys, **found})

@@ -1,6 +1,5 @@
 """What a person sees of poisoning: the images before and after, and what training on them costs."""
 
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from typing_extensions import override
 
+from bilevel_lightning.callbacks.retraining import Retraining
 from bilevel_lightning.errors import positive
 
 Labelled = tuple[Tensor, Tensor]
@@ -91,7 +91,7 @@ class PoisonedImages(Callback):
             self.figure(trainer, pl_module).savefig(Path(folder) / "poisoned_images.png", dpi=120)
 
 
-class PoisoningReport(Callback):
+class PoisoningReport(Retraining):
     """Retrains the model from scratch on the poisoned images and beside two controls, and prints the table.
 
     All rows start at the weights that the model had before the run, take the same steps on the lower loss, and are
@@ -107,7 +107,7 @@ class PoisoningReport(Callback):
     Args:
         steps: optimizer steps of each training. Default 1000, as in the released code of Grazzi et al.
         optimizer: any of torch's. Default SGD with step size 0.1 and momentum 0.5, as there.
-        batch_size: minibatch size; None (default, as there): all samples at once.
+        batch_size: minibatch size, drawn with replacement; None (default, as there): all samples at once.
         controls: whether the two controls are trained too. Default True.
     """
 
@@ -118,17 +118,8 @@ class PoisoningReport(Callback):
         batch_size: int | None = None,
         controls: bool = True,
     ) -> None:
-        self.steps = int(positive("PoisoningReport.steps", steps))
-        if batch_size is not None:
-            positive("PoisoningReport.batch_size", batch_size)
-        self.optimizer, self.batch_size, self.controls = optimizer, batch_size, controls
-        self.scratch: nn.Module | None = None
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and self.scratch is None:
-            task: Any = pl_module.hooks
-            self.scratch = deepcopy(task.lower)
+        super().__init__(steps, optimizer, batch_size)
+        self.controls = controls
 
     @override
     @rank_zero_only
@@ -160,20 +151,7 @@ class PoisoningReport(Callback):
 
     def retrain(self, task: Any, images: Tensor, labels: Tensor) -> nn.Module:
         """Trains a copy of the model from scratch on the lower loss and returns it."""
-        model = deepcopy(self.scratch).to(images).train()  # type: ignore[union-attr]
-        optimizer = self.optimizer(model.parameters())
-        generator = torch.Generator().manual_seed(0)
-        with torch.inference_mode(False), torch.enable_grad():
-            for _ in range(self.steps):
-                x, y = images, labels
-                if self.batch_size is not None and self.batch_size < len(labels):
-                    i = torch.randint(len(labels), (self.batch_size,), generator=generator).to(images.device)
-                    x, y = images[i], labels[i]
-                loss: Tensor = task.training_loss(model, x, y)
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-        return model
+        return self.trained((images, labels), task.training_loss)
 
     @torch.no_grad()
     def accuracies(self, model: nn.Module, parts: list[Labelled]) -> list[float]:
@@ -200,10 +178,8 @@ class PoisoningReport(Callback):
         for name, found in rows.items():
             table.add_row(name, f"{norms[name]:.3f}", *(f"{100 * value:.2f}" for value in found))
             key = name.replace(" ", "_")
-            logs[f"report/{key}/norm"] = norms[name]
+            logs[f"{key}/norm"] = norms[name]
             parts = zip(("train_accuracy", "val_accuracy", "test_accuracy"), found, strict=True)
-            logs.update({f"report/{key}/{part}": value for part, value in parts})
+            logs.update({f"{key}/{part}": value for part, value in parts})
         Console().print(table)
-        for logger in trainer.loggers:
-            logger.log_metrics(logs, step=trainer.global_step)
-            logger.save()
+        self.report(trainer, logs)

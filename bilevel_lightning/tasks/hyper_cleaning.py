@@ -16,6 +16,7 @@ from torchmetrics.functional.classification import (
 from typing_extensions import override
 
 from bilevel_lightning.callbacks.cleaning import CleaningReport, SuspiciousImages, WeightHistogram
+from bilevel_lightning.checks import check_classifier
 from bilevel_lightning.errors import BilevelError, positive
 from bilevel_lightning.task import BilevelTask
 
@@ -118,15 +119,7 @@ class HyperCleaning(BilevelTask):
                 f"The task has {len(logits)} weights but the data {len(index)} training samples: set task.samples and "
                 f"data.train_samples to the same number."
             )
-        try:
-            with torch.no_grad():
-                shape = tuple(self.lower(images[:1].to(logits)).shape)
-        except RuntimeError as error:
-            raise BilevelError(
-                f"task.model does not accept images of shape {tuple(images.shape[1:])} ({error}); set its image_shape."
-            ) from error
-        if shape != (1, data.classes):
-            raise BilevelError(f"task.model returns shape {shape} for one image instead of (1, {data.classes}).")
+        check_classifier(self.lower, images, data.classes)
 
     @override
     def callbacks(self) -> list[Callback]:

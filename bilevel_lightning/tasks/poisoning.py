@@ -10,6 +10,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 from typing_extensions import override
 
 from bilevel_lightning.callbacks.poisoning import PoisonedImages, PoisoningReport
+from bilevel_lightning.checks import check_classifier
 from bilevel_lightning.errors import BilevelError, positive
 from bilevel_lightning.projections import ORDERS, Ball, BallInBox
 from bilevel_lightning.task import BilevelTask, Minibatches
@@ -112,6 +113,9 @@ class Poisoning(BilevelTask):
             one, then on the other, as in that code. The result is feasible but not the nearest point, with smaller
             norms, which makes attacks weaker (docs/poisoning.md).
 
+        random_start: seed of a random start, the projections of 1000 N(0, 1) as in that code, once the images are
+            known; with 0 it is the *random noise* of `PoisoningReport`. Default None: delta starts at zero.
+
     Raises:
         BilevelError: if a setting is impossible, or the data do not fit the number of samples or the model.
 
@@ -131,6 +135,7 @@ class Poisoning(BilevelTask):
         norm: Norm = "l2",
         ridge: float = 0.1,
         projection: Method = "nearest",
+        random_start: int | None = None,
     ) -> None:
         super().__init__()
         positive("Poisoning.samples", samples)
@@ -142,7 +147,7 @@ class Poisoning(BilevelTask):
         if projection not in get_args(Method):
             raise BilevelError(f"Poisoning.projection must be nearest or ball_then_box, got {projection}.")
         self.upper = Perturbations(int(samples), image_shape, radius, norm, projection)
-        self.lower, self.ridge = model, ridge
+        self.lower, self.ridge, self.random_start = model, ridge, random_start
 
     @override
     def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -209,7 +214,7 @@ class Poisoning(BilevelTask):
 
     @override
     def check_data(self, datamodule: LightningDataModule) -> None:
-        """Also takes the poisoned images from the data, which the projection needs."""
+        """Also takes the poisoned images from the data, which the projection and a random start need."""
         data: Any = datamodule
         images, _, index = data.poisoned
         delta = self.upper.delta
@@ -223,16 +228,11 @@ class Poisoning(BilevelTask):
                 f"task.image_shape is {tuple(delta.shape[1:])} but the data's images have the shape "
                 f"{tuple(images.shape[1:])}: set it to that."
             )
-        try:
-            with torch.no_grad():
-                shape = tuple(self.lower(images[:1].to(delta)).shape)
-        except RuntimeError as error:
-            raise BilevelError(
-                f"task.model does not accept images of shape {tuple(images.shape[1:])} ({error}); set its image_shape."
-            ) from error
-        if shape != (1, data.classes):
-            raise BilevelError(f"task.model returns shape {shape} for one image instead of (1, {data.classes}).")
+        check_classifier(self.lower, images, data.classes)
         self.upper.images = images.to(delta)
+        if self.random_start is not None and not delta.any():  # what was learnt, or loaded, stays
+            with torch.no_grad():
+                delta.copy_(self.upper.noise(self.random_start))
 
     @override
     def callbacks(self) -> list[Callback]:

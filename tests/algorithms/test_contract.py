@@ -5,11 +5,13 @@ import inspect
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from loops import fit
 from problems import Quadratic, Vector
 from pytorch_lightning import Callback
 
-from bilevel_lightning import DARTS, GradientDescent, algorithms, linear_solvers, tree
+from bilevel_lightning import DARTS, BilevelError, GradientDescent, algorithms, linear_solvers, tree
+from bilevel_lightning.algorithms.penalty import Loopless
 from bilevel_lightning.binding import bind
 from bilevel_lightning.linear_solvers import ConjugateGradient, FixedPointIteration, Neumann
 
@@ -166,9 +168,8 @@ def test_direction_tends_to_its_closed_form_where_the_start_is_learnt(algorithm)
 def test_first_order_direction_tends_to_the_hypergradient(algorithm):
     settings, times, tolerance = NEAR[algorithm.__name__]
     task = Quadratic()
-    step = settled(
-        prepared(algorithm, task, **{"dynamics": GradientDescent(0.4), "lower_steps": 160, **settings}), times
-    )
+    solver = {} if issubclass(algorithm, Loopless) else {"dynamics": GradientDescent(0.4), "lower_steps": 160}
+    step = settled(prepared(algorithm, task, **{**solver, **settings}), times)
     exact, found = task.hypergradient(task.upper.x.detach()), step.upper_grad["x"]
     found = found * (exact @ found) / (found @ found)
     assert relative(found, exact) < tolerance
@@ -298,6 +299,34 @@ def adam_slope(m, v, g, lr, t, b1=0.9, b2=0.999, eps=1e-8):
     root = (v / (1 - b2**t)).sqrt()
     up, down = m / (1 - b1**t), root + eps
     return lr * ((1 - b1) / (1 - b1**t) / down - up / down**2 * (1 - b2) / (1 - b2**t) * g / root)
+
+
+def test_there_is_no_setting_for_a_lower_loop_that_is_not():
+    """Neither from Python nor, by the signature, from the command line; VRBO alone has steps, of ``lower_lr``."""
+    found = {a.__name__ for a in ALGORITHMS if issubclass(a, Loopless)}
+    assert found == {"BAMM", "FSLA", "GPBGD", "MASOBA", "MRBO", "SABA", "SOBA", "SRBA", "SUSTAIN", "VRBO"}
+    for algorithm in ALGORITHMS:
+        loopless = algorithm.__name__ in found
+        parser = ArgumentParser()
+        parser.add_class_arguments(algorithm, "model")
+        names = vars(parser.get_defaults().model).keys()
+        assert ("dynamics" in names) != loopless
+        assert ("lower_steps" in names) != loopless or algorithm.__name__ == "VRBO"
+        for setting in {"dynamics": GradientDescent(0.1)}, {"lower_steps": 2}:
+            if loopless and not setting.keys() & names:
+                (name,) = setting
+                with pytest.raises(BilevelError, match=f"{name} has no part in .* leave {name} out, and set lower_lr"):
+                    algorithm(**setting)
+
+
+@pytest.mark.parametrize(("algorithm", "steps"), [("SOBA", 1), ("VRBO", 4)])
+def test_checkpoints_of_methods_without_a_lower_loop_load_bare(algorithm, steps, tmp_path):
+    """They hold lower_steps, which SOBA takes as 1 only."""
+    algorithm = getattr(algorithms, algorithm)
+    module = algorithm(task=Quadratic(), **({"lower_steps": steps} if steps > 1 else {}))
+    fit(module, 1).save_checkpoint(tmp_path / "end.ckpt")
+    loaded = algorithm.load_from_checkpoint(tmp_path / "end.ckpt", task=Quadratic())
+    assert loaded.lower_steps == module.lower_steps == steps
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

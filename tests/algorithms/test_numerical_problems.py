@@ -78,9 +78,9 @@ def test_gpbgd_fails_on_the_toy_as_documented():
 
 @pytest.mark.parametrize(("gamma", "end"), [(1.0, -0.1656), (10.0, -0.01467), (100.0, -0.001446)])
 def test_gpbgd_is_trapped_where_vpbgd_is_not(gamma, end):
-    for algorithm, y in ((GPBGD, 2 * math.pi / 3), (VPBGD, end)):
+    for algorithm, settings, y in ((GPBGD, {}, 2 * math.pi / 3), (VPBGD, {"lower_steps": 10}, end)):
         task = GPBGDTrap()
-        fit(algorithm(task=task, gamma=gamma, lower_steps=10, upper_iterations=100), 200)
+        fit(algorithm(task=task, gamma=gamma, upper_iterations=100, **settings), 200)
         assert abs(ends(task)[1] - y) < 1e-4
 
 

@@ -457,6 +457,14 @@ def test_budget_ends_training_with_the_iteration_that_spends_it():
     assert fitted.global_step == 3
 
 
+def test_a_budget_is_exact_or_refused():
+    """With several upper iterations a batch, training would go on to the end of the batch that spends it."""
+    module = StocBiO(task=Sums(), upper_iterations=3)
+    fitted = trainer(-1, callbacks=[SampleBudget(100)], log_every_n_steps=0)
+    with pytest.raises(BilevelError, match=r"model\.upper_iterations=3 takes that many.*end training by trainer"):
+        fitted.fit(module, datamodule=Numbers())
+
+
 @pytest.mark.parametrize(("algorithm", "settings"), [
     (SRBA, {"estimator": SARAH(3)}),
     (VRBO, {"estimator": SARAH(3), "lower_steps": 2}),

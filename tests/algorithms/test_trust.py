@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from contract import CASES, PROBLEMS, STEPS, Save, episodes_seen, file, trained, worker
+from contract import CASES, EXTRAS, PROBLEMS, STEPS, Save, episodes_seen, extra, file, trained, worker
 from loops import Batches, trainer
 from problems import Quadratic
 
@@ -20,6 +20,7 @@ def runs(tmp_path_factory):
             found["whole", case, problem] = trained(case, problem, callbacks=[Save(path)])
             if path.is_file() and "," in case:
                 found["here", case, problem] = trained(case, problem, ckpt_path=path)
+    found.update({name: extra(name, 1) for name in EXTRAS})
     found["seen"] = episodes_seen(size=4)
     torch.multiprocessing.spawn(worker, (str(folder),), nprocs=2)
     ranks = [torch.load(folder / f"results {rank}.pt", weights_only=True) for rank in (0, 1)]
@@ -52,6 +53,22 @@ def test_two_processes_are_one_with_the_union_batch(runs, case, problem):
         if not (whole["drawn"] and problem == "episodes"):
             scale = 1.0 + want.double().abs().max()
             assert (first - want).abs().max() <= 1e-10 * scale, name
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+def test_two_processes_keep_and_deliver_what_one_does(runs, name):
+    """Heads that a task stores by episode, and sparse inputs, whole and in minibatches."""
+    found, ranks = runs
+    whole, pair = found[name], [rank["pair", name] for rank in ranks]
+    assert whole["steps"] == pair[0]["steps"] == STEPS
+    for key, want in leaves(whole).items():
+        first, second = (leaves(p)[key] for p in pair)
+        assert torch.equal(first, second), key
+        if key != "oracles":
+            assert (first - want).abs().max() <= 1e-10 * (1.0 + want.double().abs().max()), key
+    if name.startswith("heads"):
+        stored = whole["state"]["task.stored.weight"]
+        assert (stored != stored[:1]).flatten(1).any(1).sum() == len(stored) - 1  # each row was written, by its own
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from bilevel_lightning import BilevelModule, algorithms, dynamics
+from bilevel_lightning.algorithms.penalty import Loopless
 from bilevel_lightning.cli import fit
 
 STARTED = ("MAML", "FOMAML", "ANIL", "MetaSGD", "Reptile", "IMAML")  # they need a y_0(x) to learn
@@ -60,8 +61,10 @@ def drawn(cls):
 def configs(draw):
     name = draw(st.sampled_from(algorithms.__all__))
     cls = getattr(algorithms, name)
-    model = {"lower_steps": 2, **({"truncation": 1} if name == "TRHG" else {}), **draw(drawn(cls))}
-    if draw(st.booleans()):
+    loopless = issubclass(cls, Loopless)
+    model = {**({} if loopless else {"lower_steps": 2}), **({"truncation": 1} if name == "TRHG" else {})}
+    model |= draw(drawn(cls))
+    if not loopless and draw(st.booleans()):
         moved = draw(st.sampled_from([n for n in dynamics.__all__ if n not in ("Dynamics", "State")]))
         init_args = draw(drawn(getattr(dynamics, moved)))
         model["dynamics"] = {"class_path": moved, "init_args": init_args}

@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
 import torch
+from loops import trainer
 from scipy.optimize import minimize
 from torch.nn.functional import cross_entropy
 
-from bilevel_lightning import BilevelError, GradientDescent, Minibatches, tree
+from bilevel_lightning import TRHG, BilevelError, GradientDescent, Minibatches, tree
 from bilevel_lightning.binding import bind
 from bilevel_lightning.datamodules import DigitsPoisoning
 from bilevel_lightning.hypergradients import implicit, reverse
@@ -225,6 +226,36 @@ def test_noise_is_feasible_and_large(data):
     assert float(task.upper.norms(noise).min()) > 0.8
     assert torch.equal(noise, task.upper.noise(0))
     assert not torch.equal(noise, task.upper.noise(1))
+
+
+@pytest.mark.parametrize("projection", ["nearest", "ball_then_box"])
+def test_a_random_start_is_feasible_and_taken_once(data, projection, tmp_path):
+    def task():
+        return Poisoning(
+            LinearNet((1, 8, 8)), 18, (1, 8, 8), radius=0.9, ridge=0.0, projection=projection, random_start=3
+        )
+
+    started = task()
+    assert not started.upper.delta.any()  # the images are not known yet
+    started.check_data(data)
+    start = started.upper.delta.detach().clone()
+    assert torch.equal(start, started.upper.noise(3))
+    changed = started.upper.images + start
+    assert 0 <= float(changed.min()) <= float(changed.max()) <= 1
+    assert 0.3 < float(started.upper.norms().min()) <= float(started.upper.norms().max()) <= 0.9 * (1 + 1e-6)
+    module = TRHG(
+        task=started, lower_steps=2, truncation=1, upper_optimizer=lambda params: torch.optim.SGD(params, lr=1e3)
+    )
+    run = trainer(1)
+    run.fit(module, datamodule=DigitsPoisoning(samples=120, epoch_length=1))
+    learnt = started.upper.delta.detach().clone()
+    assert not torch.equal(learnt, start)
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    run.validate(module, datamodule=DigitsPoisoning(samples=120), verbose=False)
+    assert torch.equal(started.upper.delta, learnt)
+    loaded = TRHG.load_from_checkpoint(tmp_path / "end.ckpt", task=task())
+    trainer(1).validate(loaded, datamodule=DigitsPoisoning(samples=120), verbose=False)
+    assert torch.equal(loaded.task.upper.delta, learnt)
 
 
 @pytest.mark.parametrize("norm", list(NORMS))

@@ -1,0 +1,82 @@
+"""What reports have in common that train a task's model from scratch at the end of a run."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.cli import OptimizerCallable
+from torch import Tensor, nn
+from typing_extensions import override
+
+from bilevel_lightning.errors import positive
+
+
+class FromScratch(Callback):
+    """Keeps the task's model as it was before the run.
+
+    Attributes:
+        scratch: that model; None before the run.
+    """
+
+    def __init__(self) -> None:
+        self.scratch: nn.Module | None = None
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and self.scratch is None:
+            task: Any = pl_module.hooks
+            self.scratch = deepcopy(task.lower)
+
+    def fresh(self, like: Tensor) -> nn.Module:
+        """Returns a copy of that model to train, on the device and in the precision of ``like``."""
+        return deepcopy(self.scratch).to(like).train()  # type: ignore[union-attr]
+
+    @staticmethod
+    def report(trainer: Trainer, values: dict[str, float]) -> None:
+        """Gives numbers to the loggers, as ``report/...``."""
+        for logger in trainer.loggers:
+            logger.log_metrics({f"report/{name}": value for name, value in values.items()}, step=trainer.global_step)
+            logger.save()
+
+
+class Retraining(FromScratch):
+    """Base of the reports that train it by an optimizer.
+
+    Args:
+        steps: optimizer steps of each training.
+        optimizer: any of torch's.
+        batch_size: minibatch size, drawn with replacement; None: all samples at once.
+
+    Raises:
+        BilevelError: if steps or batch_size is not positive.
+    """
+
+    def __init__(self, steps: int, optimizer: OptimizerCallable, batch_size: int | None) -> None:
+        super().__init__()
+        name = type(self).__name__
+        self.steps, self.optimizer = int(positive(f"{name}.steps", steps)), optimizer
+        self.batch_size = batch_size if batch_size is None else int(positive(f"{name}.batch_size", batch_size))
+
+    def trained(self, samples: tuple[Tensor, ...], loss: Callable[..., Tensor]) -> nn.Module:
+        """Returns a model trained from scratch, in training mode.
+
+        Args:
+            samples: tensors whose first dimension counts samples; the first are the inputs.
+            loss: function of the model and of a minibatch of each of ``samples``.
+        """
+        model, number = self.fresh(samples[0]), len(samples[0])
+        optimizer = self.optimizer(model.parameters())
+        generator = torch.Generator().manual_seed(0)
+        with torch.inference_mode(False), torch.enable_grad():
+            for _ in range(self.steps):
+                batch = samples
+                if self.batch_size is not None and self.batch_size < number:
+                    i = torch.randint(number, (self.batch_size,), generator=generator).to(samples[0].device)
+                    batch = tuple(t[i] for t in samples)
+                value = loss(model, *batch)
+                optimizer.zero_grad()
+                value.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+        return model
