@@ -336,11 +336,11 @@ class TrainingData(AugmentedImages):
             if value is not None and value < least:
                 raise BilevelError(f"data.{name} must be at least {least}, got {value}.")
         self.train_samples, self.val_samples, self.batch_size = train_samples, val_samples, batch_size
-        if val_samples == 0:
-            self.val_dataloader = super().val_dataloader  # type: ignore[method-assign]  # there is none, for Lightning
 
     @override
     def setup(self, stage: str | None = None) -> None:
+        if self.trainer is not None and self.val_samples == 0:
+            self.trainer.limit_val_batches = 0  # else Lightning warns of an empty loader
         if hasattr(self, "test"):
             return
         train = self.train_samples
