@@ -16,10 +16,11 @@ from bilevel_lightning import randomness
 from bilevel_lightning.checks import plain
 from bilevel_lightning.errors import BilevelError
 from bilevel_lightning.models.cells import Genotype, GenotypeNetwork
+from bilevel_lightning.pickling import Picklable
 from bilevel_lightning.schedules import Cosine, Schedule
 
 
-class Retraining(LightningModule):
+class Retraining(Picklable, LightningModule):
     r"""Trains the network of a genotype from scratch; no bilevel problem, but what an architecture search is for.
 
     The loss is CE of the network plus ``auxiliary_weight`` times CE of the auxiliary head. In iteration k of N, edges

@@ -1,3 +1,4 @@
+import pickle
 from functools import partial
 
 import pytest
@@ -85,6 +86,13 @@ def test_a_checkpoint_needs_no_genotype_file(tmp_path):
     loaded = Retraining.load_from_checkpoint(tmp_path / "c.ckpt")
     assert loaded.genotype == Genotype.random(4)
     assert torch.load(tmp_path / "c.ckpt", weights_only=True)["hyper_parameters"]["genotype"] == str(loaded.genotype)
+
+
+def test_it_can_be_sent_to_other_processes():
+    module = Retraining("random", **SMALL)
+    again = pickle.loads(pickle.dumps(module))
+    assert again.optimizer is module.optimizer
+    assert again.genotype == module.genotype
 
 
 def test_names():
