@@ -1,5 +1,14 @@
 """The data modules."""
 
+from bilevel_lightning.datamodules.augmented import (
+    AugmentedImages,
+    CIFAR10Search,
+    CIFAR10Training,
+    DigitsSearch,
+    DigitsTraining,
+    SearchData,
+    TrainingData,
+)
 from bilevel_lightning.datamodules.cifar10 import CIFAR10Cleaning
 from bilevel_lightning.datamodules.cleaning import CleaningData
 from bilevel_lightning.datamodules.digits import DigitsCleaning
@@ -24,12 +33,17 @@ from bilevel_lightning.datamodules.sinusoid import Sinusoid
 from bilevel_lightning.datamodules.tiered_imagenet import TieredImageNet
 
 __all__ = [
+    "AugmentedImages",
     "CIFAR10Cleaning",
     "CIFAR10Poisoning",
+    "CIFAR10Search",
+    "CIFAR10Training",
     "CleaningData",
     "DigitsCleaning",
     "DigitsEquilibrium",
     "DigitsPoisoning",
+    "DigitsSearch",
+    "DigitsTraining",
     "EpisodicDataModule",
     "EquilibriumData",
     "FashionMNISTCleaning",
@@ -45,9 +59,11 @@ __all__ = [
     "Omniglot",
     "PoisoningData",
     "SampleIndices",
+    "SearchData",
     "Sinusoid",
     "SyntheticLinear",
     "SyntheticText",
     "TieredImageNet",
+    "TrainingData",
     "TwoLevelData",
 ]

@@ -4,6 +4,7 @@ A body maps images to vectors of ``body.features`` numbers, which are maps of sh
 logits. A task can put them on different levels.
 """
 
+from bilevel_lightning.models.cells import PUBLISHED, ArchitectureWeights, Genotype, GenotypeNetwork, SearchNetwork
 from bilevel_lightning.models.convnet import ConvNet, ConvNetBody
 from bilevel_lightning.models.dense import LinearNet, MLPNet, RegressionMLP
 from bilevel_lightning.models.equilibrium import Cell, ConvolutionalCell, DenseCell
@@ -12,12 +13,16 @@ from bilevel_lightning.models.norm import PerStepBatchNorm2d, normalization
 from bilevel_lightning.models.resnet import ResNet12, ResNet12Body
 
 __all__ = [
+    "PUBLISHED",
+    "ArchitectureWeights",
     "Cell",
     "ConvHead",
     "ConvNet",
     "ConvNetBody",
     "ConvolutionalCell",
     "DenseCell",
+    "Genotype",
+    "GenotypeNetwork",
     "LinearHead",
     "LinearNet",
     "MLPNet",
@@ -25,5 +30,6 @@ __all__ = [
     "RegressionMLP",
     "ResNet12",
     "ResNet12Body",
+    "SearchNetwork",
     "normalization",
 ]
