@@ -1,6 +1,6 @@
 """Text from several sources, of which some are corrupted: the lower level of a language model's data reweighting."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -161,7 +161,11 @@ class TextSources(TwoLevelData):
         return self.train, (self.val,)
 
     @override
+    def augment(self, samples: Samples, key: Sequence[int]) -> Samples:
+        return self.decoded(samples)
+
     def decoded(self, samples: Samples) -> Samples:
+        """Returns windows as inputs and targets, integers; what else the samples hold stays."""
         windows, *rest = samples
         windows = windows.long()
         return windows[:, :-1], windows[:, 1:], *rest

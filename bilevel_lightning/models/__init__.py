@@ -7,6 +7,7 @@ logits; `LowRank`, `Subset` and `Autocast` are put around a network.
 
 from bilevel_lightning.models.adapters import LowRank, Subset
 from bilevel_lightning.models.autocast import Autocast
+from bilevel_lightning.models.cells import PUBLISHED, ArchitectureWeights, Genotype, GenotypeNetwork, SearchNetwork
 from bilevel_lightning.models.convnet import ConvNet, ConvNetBody
 from bilevel_lightning.models.dense import LinearNet, MLPNet, RegressionMLP
 from bilevel_lightning.models.equilibrium import Cell, ConvolutionalCell, DenseCell
@@ -19,6 +20,8 @@ from bilevel_lightning.models.weights import LossWeights, SampleWeights, SourceW
 
 __all__ = [
     "GPT",
+    "PUBLISHED",
+    "ArchitectureWeights",
     "Autocast",
     "Cell",
     "ConvHead",
@@ -26,6 +29,8 @@ __all__ = [
     "ConvNetBody",
     "ConvolutionalCell",
     "DenseCell",
+    "Genotype",
+    "GenotypeNetwork",
     "HuggingFaceModel",
     "LinearHead",
     "LinearNet",
@@ -37,6 +42,7 @@ __all__ = [
     "ResNet12",
     "ResNet12Body",
     "SampleWeights",
+    "SearchNetwork",
     "SourceWeights",
     "Subset",
     "normalization",

@@ -1,5 +1,6 @@
 """The problems."""
 
+from bilevel_lightning.tasks.architecture import ArchitectureSearch
 from bilevel_lightning.tasks.equilibrium import Equilibrium
 from bilevel_lightning.tasks.few_shot import FewShot, FewShotRegression
 from bilevel_lightning.tasks.hyper_cleaning import HyperCleaning
@@ -21,6 +22,7 @@ from bilevel_lightning.tasks.selection import PenaltySelection, QuadraticSum
 from bilevel_lightning.tasks.text import TextReweighting
 
 __all__ = [
+    "ArchitectureSearch",
     "BDACounterExample",
     "Equilibrium",
     "FewShot",
