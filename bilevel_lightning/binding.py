@@ -47,10 +47,10 @@ class Functional:
         before = []
         try:
             for values, level in ((x, self._upper), (y, self._lower)):
-                for name, t in values.items():
-                    for owner, key in level.get(name, ()):
+                for name, places in level.items():
+                    for owner, key in places if name in values else ():
                         before.append((owner, key, owner[key]))
-                        owner[key] = t
+                        owner[key] = values[name]
             for settings in self._statistics:  # in training mode the batch's statistics are used either way
                 before.append((settings, "track_running_stats", True))
                 settings["track_running_stats"] = False
@@ -156,9 +156,13 @@ def _prepare(
     return batch, prepared, pull_back
 
 
-def _filled(part: Any, prepared: Params) -> Callable[[Params], Any]:
-    """Returns a part of a batch as a function of x, whose ``prepared/...`` take the places of what was prepared."""
-    names = {id(t): name for name, t in prepared.items()}
+def _filled(part: Any, names: dict[int, str]) -> Callable[[Params], Any]:
+    """Returns a part of a batch as a function of x, whose ``prepared/...`` take the places of what was prepared.
+
+    ``names`` are those of the prepared tensors, by id.
+    """
+    if not names:
+        return lambda x: part
     leaves, spec = tree_flatten(part)
     if not any(id(leaf) in names for leaf in leaves):
         return lambda x: part
@@ -189,9 +193,10 @@ def bind(
     """
     call = Functional(task)
     batch, z, pull_back = _prepare(task, call, batch, x, episodes)
+    names = {id(t): name for name, t in z.items()}
 
     def on(part: Any, method: str) -> Any:
-        fill = _filled(part, z)
+        fill = _filled(part, names)
 
         def loss(x: Params, y: Params) -> Any:
             if episodes is None:

@@ -3,7 +3,8 @@ r"""A loss's gradient in y as a differentiable function of (x, y), by one of sev
 With v a cotangent of g_y, the products g_xy v and g_yy v come
 
 * ``graph``: from the graph that the gradient was computed with (reverse over reverse);
-* ``recompute``: from a graph that is built again when the products are needed, so that only (x, y) is kept;
+* ``recompute``: from the slope of the loss along v (`directional`), evaluated when the products are needed, so that
+  only (x, y) is kept;
 * ``mixed``: from the derivative of (g_x, g_y) along (0, v), forward over reverse, also with only (x, y) kept;
 * ``differences``: from central differences ``(g_.(x, y + eps v) - g_.(x, y - eps v)) / (2 eps)``, eps = radius / |v|.
 
@@ -20,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from typing_extensions import override
 
 from bilevel_lightning import randomness, tree
+from bilevel_lightning.directional import slope
 from bilevel_lightning.tree import Params
 
 Loss: TypeAlias = Callable[[Params, Params], Tensor]
@@ -105,10 +107,10 @@ def _first(loss: Loss, x: Params, y: Params, x_wanted: Params, y_wanted: Params)
 
 def _recompute(target: Target, x: Params, y: Params, v: Params, x_wanted: Params, y_wanted: Params) -> Pair:
     target.evaluated()
-    x_leaf, y_leaf = tree.leaf(x_wanted), tree.leaf(y)
-    with torch.enable_grad(), PlainAttention():
-        (g_y,) = tree.grad(target.loss({**x, **x_leaf}, y_leaf), y_leaf, create_graph=True)
-    d_x, d_y = tree.vjp([*g_y.values()], [*v.values()], x_leaf, {n: y_leaf[n] for n in y_wanted})
+    x_leaf, y_leaf = tree.leaf(x_wanted), tree.leaf(y_wanted)
+    with PlainAttention():
+        along_v = slope(target.loss, {**x, **x_leaf}, {**y, **y_leaf}, v)
+        d_x, d_y = tree.grad(along_v, x_leaf, y_leaf)
     return d_x, d_y
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
-from bilevel_lightning import tree
+from bilevel_lightning import randomness, tree
 from bilevel_lightning.binding import Functional, running_norms, split, unstack
 from bilevel_lightning.checkpoints import AtomicCheckpointIO
 from bilevel_lightning.checks import (
@@ -534,8 +534,7 @@ class BilevelModule(Evaluation, ABC):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        checkpoint["random_state"] = {"torch": torch.get_rng_state(), "cuda": cuda}
+        checkpoint["random_state"] = randomness.saved()
         checkpoint["accumulated"], checkpoint["scale"] = self._gathered, self.scale
 
     @override
@@ -547,6 +546,4 @@ class BilevelModule(Evaluation, ABC):
             self.to(next(t.dtype for t in checkpoint["state_dict"].values() if t.is_floating_point()))
         self._gathered, self.scale = checkpoint.get("accumulated", (0, {})), dict(checkpoint.get("scale", {}))
         if self._trainer is not None and self._trainer.training and "random_state" in checkpoint:
-            torch.set_rng_state(checkpoint["random_state"]["torch"].cpu())
-            if torch.cuda.is_available():
-                torch.cuda.set_rng_state_all([s.cpu() for s in checkpoint["random_state"]["cuda"]])
+            randomness.restore(checkpoint["random_state"])

@@ -268,11 +268,19 @@ class BilevelProblem:
 
     def hessian_products(self, x: Params, y: Params, t: int = 0) -> tuple[Operator, Operator]:
         """Returns the maps v -> g_yy v and v -> g_xy v at (x, y); the gradient's graph is built once for both."""
-        self.count("lower_gradients", t, touched=False)
         x, y = tree.leaf(x), tree.leaf(y)
-        with torch.enable_grad(), PlainAttention():
-            g_y = tree.grad(self.g(x, y, t), y, create_graph=True)[0]
+        g_y = self._graph(x, y, t)
         return self._product(g_y, "hessian_products", y, t), self._product(g_y, "cross_products", x, t)
+
+    def hessian_product(self, x: Params, y: Params, t: int = 0) -> Operator:
+        """Returns the map v -> g_yy v at (x, y) alone."""
+        y = tree.leaf(y)
+        return self._product(self._graph(tree.detach(x), y, t), "hessian_products", y, t)
+
+    def _graph(self, x: Params, y: Params, t: int) -> Params:
+        self.count("lower_gradients", t, touched=False)
+        with torch.enable_grad(), PlainAttention():
+            return tree.grad(self.g(x, y, t), y, create_graph=True)[0]
 
     def gradient_and_products(self, x: Params, y: Params, v: Params, t: int = 0) -> tuple[Params, Params, Params]:
         """Returns g_y, g_yy v and g_xy v at (x, y), from one evaluation on minibatch ``t``."""

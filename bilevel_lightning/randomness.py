@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,6 +14,19 @@ def state(tensors: Iterable[Tensor]) -> Generators:
     """Returns the state of the generators that a loss of ``tensors`` draws from: the CPU's and their accelerators'."""
     devices = list({t.device for t in tensors if t.device.type == "cuda"})
     return devices, [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+
+
+def saved() -> dict[str, Any]:
+    """Returns the state of torch's generators on all devices, as it lies in checkpoints."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def restore(states: dict[str, Any]) -> None:
+    """Sets the generators to what `saved` gave."""
+    torch.set_rng_state(states["torch"].cpu())
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in states["cuda"]])
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Step-size schedules as small typed values: ``schedule(t)`` is the value at step ``t = 0, 1, 2, ...``."""
 
+import math
 from abc import ABC, abstractmethod
 
 from typing_extensions import override
@@ -66,6 +67,28 @@ class Power(Schedule):
     @override
     def __call__(self, t: int) -> float:
         return float(self.initial * (t + 1) ** self.exponent)
+
+
+class Cosine(Schedule):
+    """``final + (initial - final) (1 + cos(pi min(t / steps, 1))) / 2``: half a cosine that then stays at ``final``.
+
+    I. Loshchilov, F. Hutter. SGDR: Stochastic Gradient Descent with Warm Restarts. ICLR 2017, without restarts.
+
+    Args:
+        initial: value at ``t = 0``.
+        final: value from ``t = steps`` on; it may be 0.
+        steps: length of the half wave, in steps.
+    """
+
+    def __init__(self, initial: float, final: float, steps: int) -> None:
+        if not 0 <= final < float("inf"):
+            raise BilevelError(f"Cosine.final must not be negative, got {final}.")
+        self.initial, self.final = positive("Cosine.initial", initial), final
+        self.steps = int(positive("Cosine.steps", steps))
+
+    @override
+    def __call__(self, t: int) -> float:
+        return self.final + (self.initial - self.final) * (1 + math.cos(math.pi * min(t / self.steps, 1.0))) / 2
 
 
 def scheduled(name: str, value: float | Schedule) -> float | Schedule:

@@ -16,7 +16,7 @@ def of(module: nn.Module) -> Params:
 
 def detach(tree: Params) -> Params:
     """Returns the same values, cut off from any graph (no copy)."""
-    return {name: t.detach() for name, t in tree.items()}
+    return {name: t.detach() if t.requires_grad else t for name, t in tree.items()}
 
 
 def leaf(tree: Params) -> Params:

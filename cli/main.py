@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning import LightningDataModule, Trainer
+from pytorch_lightning import LightningDataModule, LightningModule, Trainer
 from pytorch_lightning.callbacks import ProgressBar, TQDMProgressBar
 from pytorch_lightning.cli import ArgsType, LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities.model_helpers import is_overridden
 from typing_extensions import override
 
 # Importing the parts is what lets a config name them by class name alone.
@@ -34,6 +35,7 @@ from bilevel_lightning import (  # noqa: F401
 )
 from bilevel_lightning.cli.arguments import CONFIGS, DEFAULT, complete, explain, newest, restrict, shipped_configs
 from bilevel_lightning.module import BilevelModule
+from bilevel_lightning.retraining import Retraining  # noqa: F401
 
 
 class BilevelCLI(LightningCLI):
@@ -41,6 +43,9 @@ class BilevelCLI(LightningCLI):
 
     version: int | None = None
     """Number of the run's folder; None: the next that is free."""
+
+    accepted: type[LightningModule] = BilevelModule
+    """What ``--model`` may be."""
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -125,14 +130,21 @@ class BilevelCLI(LightningCLI):
             )
 
     def after_fit(self) -> None:
-        """Tests episodic tasks, once, with the checkpoint that was best on validation episodes, or else the last y."""
+        """Tests episodic tasks, once, with the checkpoint that was best on validation episodes, or else the last y.
+
+        What solves no bilevel problem is tested too, where model and data say how.
+        """
         trainer, model = self.trainer, self.model
         quick = getattr(trainer, "fast_dev_run", False) or trainer.barebones
-        if model.hooks.persistent_lower or trainer.interrupted or quick:
+        if isinstance(model, BilevelModule):
+            tested = not model.hooks.persistent_lower
+        else:
+            tested = is_overridden("test_step", model) and is_overridden("test_dataloader", self.datamodule)
+        if not tested or trainer.interrupted or quick:
             return
         chosen: Any = trainer.checkpoint_callback
         best = "best" if getattr(chosen, "monitor", None) and chosen.best_model_path else None
-        trainer.test(model, datamodule=self.datamodule, ckpt_path=best, verbose=False)
+        trainer.test(model, datamodule=self.datamodule, ckpt_path=best, verbose=not isinstance(model, BilevelModule))
 
     def after_predict(self) -> None:
         """Writes what the task predicts, a dictionary of columns, as ``predictions.csv`` beside the logs."""
@@ -168,7 +180,7 @@ def start(cli: type[BilevelCLI], args: list[str] | None, **settings: Any) -> Bil
     restrict(sys.argv[1:] if args is None else args)
     raising: dict[str, Any] = {"exit_on_error": False}
     return cli(
-        BilevelModule,
+        cli.accepted,
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
@@ -215,10 +227,16 @@ def silent() -> Iterator[None]:
             logger.setLevel(level)
 
 
+class FitCLI(BilevelCLI):
+    """The command line of ``bilevel-fit``, which also trains what solves no bilevel problem, such as `Retraining`."""
+
+    accepted = LightningModule
+
+
 def fit(args: list[str] | None = None) -> None:
     """Runs ``bilevel-fit``; ends the process with status 2 and one message where a person has to mend something.
 
     Args:
         args: arguments; None: those of the process.
     """
-    launch(BilevelCLI, "bilevel-fit", args, save_config_kwargs={"overwrite": True})
+    launch(FitCLI, "bilevel-fit", args, save_config_kwargs={"overwrite": True})

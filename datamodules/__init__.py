@@ -1,5 +1,14 @@
 """The data modules."""
 
+from bilevel_lightning.datamodules.augmented import (
+    AugmentedImages,
+    CIFAR10Search,
+    CIFAR10Training,
+    DigitsSearch,
+    DigitsTraining,
+    SearchData,
+    TrainingData,
+)
 from bilevel_lightning.datamodules.cifar10 import CIFAR10Cleaning
 from bilevel_lightning.datamodules.cleaning import CleaningData
 from bilevel_lightning.datamodules.digits import DigitsCleaning
@@ -31,14 +40,19 @@ from bilevel_lightning.datamodules.sinusoid import Sinusoid
 from bilevel_lightning.datamodules.tiered_imagenet import TieredImageNet
 
 __all__ = [
+    "AugmentedImages",
     "CIFAR10Cleaning",
     "CIFAR10Poisoning",
     "CIFAR10Reweighting",
+    "CIFAR10Search",
+    "CIFAR10Training",
     "CleaningData",
     "DigitsCleaning",
     "DigitsEquilibrium",
     "DigitsPoisoning",
     "DigitsReweighting",
+    "DigitsSearch",
+    "DigitsTraining",
     "EpisodicDataModule",
     "EquilibriumData",
     "FashionMNISTCleaning",
@@ -57,9 +71,11 @@ __all__ = [
     "PoisoningData",
     "ReweightingData",
     "SampleIndices",
+    "SearchData",
     "Sinusoid",
     "SyntheticLinear",
     "SyntheticText",
     "TieredImageNet",
+    "TrainingData",
     "TwoLevelData",
 ]

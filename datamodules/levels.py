@@ -1,6 +1,7 @@
 """Data of both levels in tensors, all at once or in minibatches."""
 
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,15 @@ class TwoLevelData(LightningDataModule):
         sizes = zip(("lower", "upper"), self.levels(), (self.lower_batch_size, self.upper_batch_size), strict=True)
         return {name: 1 if size is None else -(-len(data[0]) // size) for name, data, size in sizes}
 
+    def augment(self, samples: Samples, key: Sequence[int]) -> Samples:
+        """Returns what a minibatch is after random changes, a function of the samples and the key; default: itself.
+
+        Args:
+            samples: of one minibatch, or of all samples of a level that has no batch size.
+            key: seed, upper iteration, level (0 lower, 1 upper), number of the minibatch, process.
+        """
+        return samples
+
     @override
     def train_dataloader(self) -> Iterations:
         assert self.trainer is not None
@@ -87,7 +97,8 @@ class TwoLevelData(LightningDataModule):
             if size is not None and size < world:
                 raise BilevelError(f"data.{name}={size} is less than the {world} processes that share it; raise it.")
             on_device = tuple(t.to(device) for t in data)
-            sources.append(_Level(on_device, size, self.seed, i, rank, world, partition and size is not None))
+            parted = partition and size is not None
+            sources.append(_Level(on_device, size, self.seed, i, rank, world, parted, self.augment))
 
         def batch(k: int) -> dict[str, Any]:
             found: dict[str, Any] = {}
@@ -108,8 +119,17 @@ class _Level:
     """The samples of level ``i`` on the training device, whole or in minibatches of this process."""
 
     def __init__(
-        self, data: Samples, size: int | None, seed: int, i: int, rank: int, world: int, partition: bool
+        self,
+        data: Samples,
+        size: int | None,
+        seed: int,
+        i: int,
+        rank: int,
+        world: int,
+        partition: bool,
+        augment: Callable[[Samples, Sequence[int]], Samples],
     ) -> None:
+        self.augment = augment
         self.data, self.size, self.seed, self.i, self.rank, self.world = data, size, seed, i, rank, world
         self.samples = len(data[0])
         self.parts: list[Tensor] = []
@@ -121,21 +141,24 @@ class _Level:
     def take(self, k: int, draws: Draws) -> tuple[Samples | Minibatches, list[int]]:
         """Returns what upper iteration ``k`` gets, and the numbers of the parts it is."""
         if self.size is None:
-            return self._gather(None), []
+            return self._taken(None, k, 0), []
         found, numbers, drawn = Minibatches(), [], 0
         for multiple in [1] * draws if isinstance(draws, int) else draws:
             if multiple == 0:
-                found.append(self._gather(None))
+                found.append(self._taken(None, k, drawn))
             elif self.parts:
                 generator = np.random.default_rng([self.seed, k, self.i, drawn])
                 numbers.append(int(generator.choice(len(self.parts), p=self.shares)))
-                found.append(self._gather(self.parts[numbers[-1]]))
+                found.append(self._taken(self.parts[numbers[-1]], k, drawn))
             else:
                 units = range(drawn, drawn + multiple)
                 index = [self._share(draw(self.seed, k, self.i, unit, self.samples, self.size)) for unit in units]
-                found.append(self._gather(torch.cat(index)))
+                found.append(self._taken(torch.cat(index), k, drawn))
             drawn += multiple
         return found, numbers
+
+    def _taken(self, index: Tensor | None, k: int, number: int) -> Samples:
+        return self.augment(self._gather(index), [self.seed, k, self.i, number, self.rank])
 
     def _share(self, index: Tensor) -> Tensor:
         return index[self.rank : len(index) // self.world * self.world : self.world]

@@ -34,6 +34,7 @@ CASES = {name: (name, {}) for name in algorithms.__all__} | {
     "AIDCG, linear system warm": ("AIDCG", {"warm_start_linear": True}),
     "VPBGD, twin kept": ("VPBGD", {"twin": "persistent"}),
     "IAPTTGM, warm start": ("IAPTTGM", {"auxiliary": False, "warm_start": True}),
+    "DARTS, first order": ("DARTS", {"order": 1}),
     "RHG, several iterations a batch": ("RHG", {"upper_iterations": 3}),
 }
 

@@ -31,7 +31,7 @@ from bilevel_lightning import (
 from bilevel_lightning.binding import bind
 from bilevel_lightning.hypergradients import reverse
 from bilevel_lightning.problem import BilevelProblem
-from bilevel_lightning.schedules import InverseTime, Linear, Power
+from bilevel_lightning.schedules import Cosine, InverseTime, Linear, Power
 
 TORCH = {
     "gradient descent": (GradientDescent(0.1), lambda p: torch.optim.SGD(p, lr=0.1)),
@@ -94,6 +94,7 @@ def test_adam_has_a_derivative_where_all_gradients_were_zero():
         (lambda: Adam(betas=(0.9, 1.0)), r"Adam.betas must be in \[0, 1\)"),
         (lambda: Adam(eps=0.0), "Adam.eps must be a positive number"),
         (lambda: Linear(-1.0, 1.0, 5), "Linear.start must not be negative"),
+        (lambda: Cosine(1.0, -1.0, 5), "Cosine.final must not be negative"),
     ],
 )
 def test_impossible_settings(make, message):
@@ -105,6 +106,8 @@ def test_schedules():
     assert [Linear(0.0, 3.0, 4)(t) for t in (0, 2, 4, 9)] == [0.0, 1.5, 3.0, 3.0]
     assert [InverseTime(2.0, 10.0)(t) for t in (0, 10)] == [2.0, 1.0]
     assert [Power(2.0, -0.5)(t) for t in (0, 3)] == [2.0, 1.0]
+    assert [Cosine(5.0, 1.0, 6)(t) for t in (0, 2, 3, 6, 9)] == pytest.approx([5.0, 4.0, 3.0, 1.0, 1.0])
+    assert Cosine(5.0, 0.0, 6)(6) == 0.0
 
 
 def ran(dynamics, task, steps):

@@ -247,3 +247,15 @@ def test_prepared_minibatches_are_upper_variables_of_their_own():
     want = torch.autograd.functional.jacobian(by_hand, x["x"])
     torch.testing.assert_close(whole, want)
     torch.testing.assert_close(flat(problem.grad_g(z, y, 0)), total * (task.A @ vector - task.B @ x["x"]))
+
+
+def test_the_product_with_g_yy_alone():
+    """As the first of the two maps, with the same counts, and without a graph of x."""
+    problem, x, y, _ = setup(Nonlinear())
+    both, _ = problem.hessian_products(x, y)
+    twice = problem.counts.copy()
+    v = {name: torch.ones_like(t) for name, t in y.items()}
+    problem.counts.clear()
+    alone = problem.hessian_product(tree.leaf(x), y)
+    assert problem.counts == twice
+    torch.testing.assert_close(flat(alone(v)), flat(both(v)), rtol=1e-15, atol=0)

@@ -1,11 +1,11 @@
 """One lower step, differentiated by central differences: DARTS, and SAMA."""
 
-from typing import Any
+from typing import Any, Literal
 
 from typing_extensions import override
 
 from bilevel_lightning.dynamics import Adam, Dynamics
-from bilevel_lightning.errors import positive
+from bilevel_lightning.errors import BilevelError, positive
 from bilevel_lightning.hypergradients import differentiate
 from bilevel_lightning.module import BilevelModule, Step
 from bilevel_lightning.problem import BilevelProblem
@@ -13,7 +13,7 @@ from bilevel_lightning.tree import Params
 
 
 class DARTS(BilevelModule):
-    r"""Second-order DARTS: one differentiated lower step, without second derivatives.
+    r"""DARTS: one differentiated lower step, without second derivatives; or of first order, plain alternation.
 
     1. y' = y - lr g_y(x, y), the last of ``lower_steps`` lower steps.
     2. y+- = y +- eps f_y(x, y'),  eps = radius / |f_y(x, y')|.
@@ -23,21 +23,27 @@ class DARTS(BilevelModule):
     one is: near a solved lower level it takes lr I for the inverse of g_yy. The released code moves y by a second
     optimizer after x; here y' is the new y.
 
+    With ``order`` 1 the direction is f_x(x, y') alone, y' being taken as independent of x: plain alternation. It is the
+    paper's first-order approximation, whose steps y, x, y, x, ... are the same but for which comes first.
+
     Args:
+        order: 2 (default) as above, or 1.
         radius: length of the difference. Default 0.01, the paper's.
         lower_steps: number of lower steps. Default 1, the paper's.
         **kwargs: settings of `BilevelModule`.
 
     Raises:
-        BilevelError: if radius is not positive.
+        BilevelError: if radius is not positive, or order is not 1 or 2.
 
     References:
         H. Liu, K. Simonyan, Y. Yang. DARTS: Differentiable Architecture Search. ICLR 2019.
     """
 
-    def __init__(self, *, radius: float = 0.01, lower_steps: int = 1, **kwargs: Any) -> None:
+    def __init__(self, *, order: Literal[1, 2] = 2, radius: float = 0.01, lower_steps: int = 1, **kwargs: Any) -> None:
         super().__init__(lower_steps=lower_steps, **kwargs)
-        self.radius = positive("radius", radius)
+        if order not in (1, 2):
+            raise BilevelError(f"order must be 1 or 2, got {order}.")
+        self.order, self.radius = order, positive("radius", radius)
 
     @override
     def initial_state(self, x: Params, y: Params) -> dict[str, Params]:
@@ -51,10 +57,13 @@ class DARTS(BilevelModule):
         if kept:  # with a warm start the dynamics go on where they were
             state, first = (y, *kept), self.batches * self.lower_steps
         last = first + self.lower_steps - 1
-        for t in range(first, last):
+        for t in range(first, last if self.order == 2 else last + 1):
             state = self.dynamics.step(problem, x, state, t)
-        tracked = problem.tracked_by("differences", self.radius)
-        gradient, state, _ = differentiate(tracked, self.dynamics, x, state, range(last, last + 1))
+        if self.order == 1:
+            gradient = problem.grad_f_x(x, state[0])
+        else:
+            tracked = problem.tracked_by("differences", self.radius)
+            gradient, state, _ = differentiate(tracked, self.dynamics, x, state, range(last, last + 1))
         memories = {f"memory{i}": memory for i, memory in enumerate(state[1:])} if kept else {}
         return Step(gradient, state[0], state=memories)
 

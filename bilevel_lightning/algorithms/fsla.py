@@ -56,7 +56,7 @@ class FSLA(SOBA):
         v = self.kept("v")
         assert v is not None
         y = self.move(problem, x, y, problem.grad_g(x, y))
-        product, _ = problem.hessian_products(x, y, 1)
+        product = problem.hessian_product(x, y, 1)
         d_v = tree.axpy(-1.0, problem.grad_f_y(x, y), product(v))
         v = tree.axpy(-at(self.linear_lr, self.global_step), d_v, v)
 

@@ -1,5 +1,6 @@
 """Figures, reports and diagnostics."""
 
+from bilevel_lightning.callbacks.architecture import ArchitectureFigures, GenotypeReport
 from bilevel_lightning.callbacks.budget import SampleBudget
 from bilevel_lightning.callbacks.cleaning import CleaningReport, SuspiciousImages, WeightHistogram
 from bilevel_lightning.callbacks.equilibrium import UpperStationarity
@@ -12,9 +13,11 @@ from bilevel_lightning.callbacks.stopping import ResidualStopping
 
 __all__ = [
     "AdaptationCurve",
+    "ArchitectureFigures",
     "CleaningReport",
     "EpisodeFigure",
     "FewShotReport",
+    "GenotypeReport",
     "PathFigure",
     "PoisonedImages",
     "PoisoningReport",

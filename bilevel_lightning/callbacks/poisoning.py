@@ -106,7 +106,8 @@ class PoisoningReport(Retraining):
 
     Args:
         steps: optimizer steps of each training. Default 1000, as in the released code of Grazzi et al.
-        optimizer: any of torch's. Default SGD with step size 0.1 and momentum 0.5, as there.
+        optimizer: any of torch's. Default SGD with step size 0.1 and momentum 0.5, as there. Where the lower loss is
+            convex, ``torch.optim.LBFGS`` comes nearer to its minimum in a tenth of the time (docs/poisoning.md).
         batch_size: minibatch size, drawn with replacement; None (default, as there): all samples at once.
         controls: whether the two controls are trained too. Default True.
     """

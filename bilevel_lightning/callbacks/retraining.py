@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.cli import OptimizerCallable
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from bilevel_lightning.errors import positive
@@ -75,8 +77,13 @@ class Retraining(FromScratch):
                 if self.batch_size is not None and self.batch_size < number:
                     i = torch.randint(number, (self.batch_size,), generator=generator).to(samples[0].device)
                     batch = tuple(t[i] for t in samples)
-                value = loss(model, *batch)
-                optimizer.zero_grad()
-                value.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
+                optimizer.step(partial(_value, partial(loss, model, *batch), optimizer))
         return model
+
+
+def _value(loss: Callable[[], Tensor], optimizer: Optimizer) -> float:
+    """Returns the loss and leaves its gradient, as optimizers with a line search ask for it."""
+    optimizer.zero_grad()
+    value = loss()
+    value.backward()  # type: ignore[no-untyped-call]
+    return float(value.detach())

@@ -69,15 +69,20 @@ def implicit(
     last = solver.samples if cross is None else cross
     f_x, f_y = problem.grad_f(x, y)
     stationary = dynamics.rest == "minimum" and not problem.constrained
-    known: dict[int, tuple[Operator, Operator, Operator | None]] = {}
+    known: dict[int, tuple[Operator, Operator | None, Operator | None]] = {}
 
-    def products(j: int) -> tuple[Operator, Operator, Operator | None]:
-        """The products on the minibatch of index j; with one minibatch they are made once."""
+    def products(j: int) -> tuple[Operator, Operator | None, Operator | None]:
+        """The products on the minibatch of index j; with one minibatch they are made once.
+
+        Of a loss the cross product is made on the last one only.
+        """
         key = (t + j) % problem.minibatches
         if key not in known:
             known.clear()
-            if stationary:
+            if stationary and key == (t + last) % problem.minibatches:
                 known[key] = (*problem.hessian_products(x, y, key), None)
+            elif stationary:
+                known[key] = (problem.hessian_product(x, y, key), None, None)
             else:
                 known[key] = problem.map_products(lambda p, x, y: dynamics.contraction(p, x, y, key), x, y, key)
         return known[key]
@@ -102,5 +107,7 @@ def implicit(
     if solution.status in REMEDIES:
         # Without numbers, so that Python shows it once in a run; train/residual is logged.
         warnings.warn(f"{type(solver).__name__}: {REMEDIES[solution.status]}", LinearSystemWarning, stacklevel=2)
-    through = products(last)[1](start if before and start is not None else solution.v)
+    cross_product = products(last)[1]
+    assert cross_product is not None
+    through = cross_product(start if before and start is not None else solution.v)
     return tree.axpy(-1.0 if stationary else 1.0, through, f_x), solution

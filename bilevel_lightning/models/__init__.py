@@ -4,6 +4,7 @@ A body maps images to vectors of ``body.features`` numbers, which are maps of sh
 logits. A task can put them on different levels. `weights` are of samples.
 """
 
+from bilevel_lightning.models.cells import PUBLISHED, ArchitectureWeights, Genotype, GenotypeNetwork, SearchNetwork
 from bilevel_lightning.models.convnet import ConvNet, ConvNetBody
 from bilevel_lightning.models.dense import LinearNet, MLPNet, RegressionMLP
 from bilevel_lightning.models.equilibrium import Cell, ConvolutionalCell, DenseCell
@@ -13,12 +14,16 @@ from bilevel_lightning.models.resnet import ResNet12, ResNet12Body
 from bilevel_lightning.models.weights import LossWeights, SampleWeights, SourceWeights
 
 __all__ = [
+    "PUBLISHED",
+    "ArchitectureWeights",
     "Cell",
     "ConvHead",
     "ConvNet",
     "ConvNetBody",
     "ConvolutionalCell",
     "DenseCell",
+    "Genotype",
+    "GenotypeNetwork",
     "LinearHead",
     "LinearNet",
     "LossWeights",
@@ -28,6 +33,7 @@ __all__ = [
     "ResNet12",
     "ResNet12Body",
     "SampleWeights",
+    "SearchNetwork",
     "SourceWeights",
     "normalization",
 ]

@@ -1,5 +1,6 @@
 """The problems."""
 
+from bilevel_lightning.tasks.architecture import ArchitectureSearch
 from bilevel_lightning.tasks.equilibrium import Equilibrium
 from bilevel_lightning.tasks.few_shot import FewShot, FewShotRegression
 from bilevel_lightning.tasks.hyper_cleaning import HyperCleaning
@@ -20,6 +21,7 @@ from bilevel_lightning.tasks.reweighting import Reweighting
 from bilevel_lightning.tasks.selection import PenaltySelection, QuadraticSum
 
 __all__ = [
+    "ArchitectureSearch",
     "BDACounterExample",
     "Equilibrium",
     "FewShot",

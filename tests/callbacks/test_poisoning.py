@@ -1,5 +1,6 @@
 import csv
 from copy import deepcopy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from bilevel_lightning.datamodules.iterations import Whole
 from bilevel_lightning.linear_solvers import FixedPointIteration
 from bilevel_lightning.models import LinearNet
 from bilevel_lightning.tasks import Poisoning
+
+LBFGS = partial(torch.optim.LBFGS, line_search_fn="strong_wolfe", tolerance_change=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +121,23 @@ def test_retraining_is_the_lower_loss_from_the_first_weights(run):
     expected = float((guess == loop.datamodule.test[1]).float().mean())
     assert two.accuracies(model, [loop.datamodule.test]) == [pytest.approx(expected)]
     assert all(torch.equal(value, before[name]) for name, value in module.task.lower.state_dict().items())
+
+
+def test_retraining_by_lbfgs_reaches_the_minimum(run):
+    """The gradient of the lower loss is zero there, and any other training's loss is larger."""
+    _, module, loop, report = run
+    images, labels, _ = loop.datamodule.train
+    losses = []
+    for steps, optimizer in ((8, LBFGS), (300, lambda params: torch.optim.SGD(params, lr=0.5, momentum=0.9))):
+        trainings = PoisoningReport(steps=steps, optimizer=optimizer)
+        trainings.scratch = report.scratch
+        model = trainings.retrain(module.task, images, labels)
+        loss = module.task.training_loss(model, images, labels)
+        losses.append(float(loss.detach()))
+        if optimizer is LBFGS:
+            (gradient,) = torch.autograd.grad(loss, [*model.parameters()])
+            assert float(gradient.abs().max()) < 1e-4
+    assert losses[0] < losses[1]
 
 
 def test_retraining_in_minibatches(run):

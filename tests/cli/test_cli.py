@@ -12,6 +12,7 @@ import yaml
 from bilevel_lightning import RHG, BilevelError
 from bilevel_lightning.cli import fit, shipped_configs
 from bilevel_lightning.cli.arguments import complete, config_path
+from bilevel_lightning.models import Genotype
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 QUICK = [
@@ -58,7 +59,7 @@ def of_task(task):
 
 
 def test_every_shipped_config_is_run_here():
-    tasks = ("equilibrium", "few_shot", "hyper_cleaning", "numerical", "poisoning", "reweighting", "selection")
+    tasks = ("equilibrium", "few_shot", "hyper_cleaning", "nas", "numerical", "poisoning", "reweighting", "selection")
     assert sorted(name for task in tasks for name in of_task(task)) == shipped_configs()
 
 
@@ -255,6 +256,77 @@ def test_shipped_equilibrium_configs_run(name, tmp_path, monkeypatch):
     assert len([row for row in rows if row["train/upper_loss"]]) == 2
     for measure in ("val/accuracy", "val/opt_metric", "val/hg_norm", "val/prox_map_norm", "test/accuracy"):
         assert len([row for row in rows if row[measure]]) == 1
+
+
+SEARCHES = [name for name in of_task("nas") if "retrain" not in name]
+RETRAININGS = [name for name in of_task("nas") if "retrain" in name]
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_shipped_searches_run(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("BILEVEL_DATA_DIR", str(files.cifar_folders(tmp_path / "data", train=40, test=10)))
+    small = ["--model.task.network.channels=4", "--model.task.network.layers=3", "--model.task.network.nodes=1"]
+    small += ["--data.samples=20", "--data.lower_batch_size=4", "--data.upper_batch_size=4", "--data.epoch_length=2"]
+    small += [f"--trainer.limit_val_batches={int('digits' in name)}"]
+    run("--config", name, *small, "--trainer.max_steps=2", "--trainer.log_every_n_steps=1")
+    folder = Path("runs") / name / "version_0"
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len([row for row in rows if row["train/upper_loss"]]) == 2
+    if "digits" in name:
+        assert [row for row in rows if row["val/accuracy"]]
+        assert [row for row in rows if row["architecture/entropy_normal"]]
+    found = Genotype.load(folder / "genotype.json")
+    assert (folder / "genotype.png").stat().st_size > 1000
+    assert (folder / "architecture.png").stat().st_size > 1000
+    saved = torch.load(checkpoint(folder), weights_only=True)["state_dict"]
+    assert saved["task.upper.normal"].shape == (2, 8)
+    assert len(found.normal) == 1
+
+
+@pytest.mark.parametrize("name", RETRAININGS)
+def test_shipped_retrainings_run(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("BILEVEL_DATA_DIR", str(files.cifar_folders(tmp_path / "data", train=40, test=10)))
+    Genotype.random(3).save(tmp_path / "genotype.json")
+    small = ["--model.channels=4", "--model.layers=3", "--data.train_samples=20", "--data.batch_size=10"]
+    small += ["--trainer.max_epochs=1", "--trainer.log_every_n_steps=1"]
+    run("--config", name, *small, f"--model.genotype={tmp_path / 'genotype.json'}")
+    folder = Path("runs") / name / "version_0"
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len([row for row in rows if row["train/loss"]]) == 2
+    (tested,) = [row for row in rows if row["test/accuracy"]]
+    assert "test/accuracy" in capsys.readouterr().out
+    path = str(checkpoint(folder))
+    run("test", "--ckpt_path", path, "--trainer.default_root_dir", "tested")  # from the checkpoint alone
+    with next(Path("tested").rglob("metrics.csv")).open() as file:
+        (row,) = list(csv.DictReader(file))
+    assert row["test/accuracy"] == tested["test/accuracy"]
+    run("predict", "--ckpt_path", path, "--trainer.default_root_dir", "predicted")
+    with next(Path("predicted").rglob("predictions.csv")).open() as file:
+        columns = list(csv.DictReader(file))
+    assert list(columns[0]) == ["label", "predicted"]
+
+
+def test_a_search_goes_into_retraining(capsys):
+    small = ["--model.task.network.channels=2", "--model.task.network.nodes=1", "--data.epoch_length=1"]
+    run("--config", "nas/digits_darts", *small, "--data.samples=80", "--trainer.max_steps=1")
+    given = str(next(Path("runs").rglob("genotype.json")))
+    for genotype in (given, "DARTS_OUR4", "random"):
+        root = f"--trainer.default_root_dir={Path(genotype).stem}"
+        run("--config", "nas/digits_retrain", f"--model.genotype={genotype}", "--trainer.max_epochs=1", root)
+    with pytest.raises(SystemExit):
+        run("--config", "nas/digits_retrain", "--model.genotype=nowhere.json")
+    assert "neither a file nor 'random' nor one of DARTS_V1" in capsys.readouterr().err
+
+
+def test_only_bilevel_problems_are_checked(capsys):
+    from bilevel_lightning.cli import check
+
+    with pytest.raises(SystemExit) as end:
+        check(["--config", "nas/digits_retrain"])
+    assert end.value.code == 2
+    assert "Retraining" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", shipped_configs())
