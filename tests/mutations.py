@@ -36,6 +36,7 @@ M = Mutation
 PROCESSES = "test_distributed.py::test_two_processes_with_half_the_batch_are_one_with_all_of_it"
 FIRST = "algorithms/test_first_order.py"
 STOCHASTIC = "algorithms/test_stochastic.py"
+REWEIGHTING, REWEIGHTING_DATA = "tasks/test_reweighting.py", "datamodules/test_reweighting.py"
 EQUILIBRIUM = "tasks/test_equilibrium.py"
 EQUILIBRIUM_BALL = "test_projections.py::test_convolution_ball_gives_the_nearest_kernel"
 # fmt: off
@@ -276,6 +277,56 @@ MUTATIONS = [
       "callbacks/test_poisoning.py::test_retraining_in_minibatches"),
     M("split-without-classes", "datamodules/poisoning.py", "stratify=labels[[*index]].numpy()", "stratify=None",
       "datamodules/test_poisoning.py::test_digits_are_split_with_equal_shares_of_each_class"),
+    # Reweighting.
+    M(
+        "reweighting-loss-of-y",
+        "tasks/reweighting.py",
+        "self.upper(prepared[0] if prepared else each.detach(), index, source)",
+        "self.upper(each.detach(), index, source)",
+        f"{REWEIGHTING}::test_derivatives_commute",
+    ),
+    M(
+        "reweighting-not-normalised",
+        "tasks/reweighting.py",
+        "weights = weights / weights.mean().clamp(",
+        "weights = weights / weights.max().clamp(",
+        f"{REWEIGHTING}::test_losses_are_the_formulas",
+    ),
+    M(
+        "reweighting-fixed-normaliser",
+        "tasks/reweighting.py",
+        "weights.mean().clamp(",
+        "weights.mean().detach().clamp(",
+        f"{REWEIGHTING}::test_the_hypergradient_is_the_finite_difference",
+    ),
+    M(
+        "reweighting-positions",
+        "tasks/reweighting.py",
+        "each.flatten(1).mean(1)",
+        "each.flatten(1).sum(1)",
+        f"{REWEIGHTING}::test_a_sequence_s_loss_is_the_mean_over_its_positions",
+    ),
+    M(
+        "reweighting-profile",
+        "datamodules/reweighting.py",
+        "** (-c / (classes - 1))",
+        "** (-c / classes)",
+        f"{REWEIGHTING_DATA}::test_profile_of_the_published_sets",
+    ),
+    M(
+        "reweighting-noise-keeps",
+        "datamodules/reweighting.py",
+        "rng.randint(1, self.classes - 1)",
+        "rng.randint(0, self.classes - 1)",
+        f"{REWEIGHTING_DATA}::test_symmetric_noise_replaces_exactly_its_share",
+    ),
+    M(
+        "reweighting-control-meta",
+        "callbacks/reweighting.py",
+        "problem.blend(share, 1 - share)",
+        "problem.blend(share)",
+        "callbacks/test_reweighting.py::test_controls_by_hand",
+    ),
 ]
 # fmt: on
 

@@ -7,6 +7,7 @@ from bilevel_lightning.callbacks.equilibrium import UpperStationarity
 from bilevel_lightning.callbacks.few_shot import AdaptationCurve, EpisodeFigure, FewShotReport, RegressionFigure
 from bilevel_lightning.callbacks.numerical import PathFigure, SolutionError
 from bilevel_lightning.callbacks.poisoning import PoisonedImages, PoisoningReport
+from bilevel_lightning.callbacks.reweighting import ReweightingReport, WeightFigure
 from bilevel_lightning.callbacks.saving import SaveEvery
 from bilevel_lightning.callbacks.stopping import ResidualStopping
 
@@ -22,10 +23,12 @@ __all__ = [
     "PoisoningReport",
     "RegressionFigure",
     "ResidualStopping",
+    "ReweightingReport",
     "SampleBudget",
     "SaveEvery",
     "SolutionError",
     "SuspiciousImages",
     "UpperStationarity",
+    "WeightFigure",
     "WeightHistogram",
 ]

@@ -40,7 +40,7 @@ class WeightHistogram(Callback):
         data = _data(trainer)
         if data is None:
             return
-        weights = pl_module.hooks.upper(data.train[2].to(pl_module.device)).cpu()  # type: ignore[union-attr, operator]
+        weights = pl_module.hooks.upper(None, data.train[2].to(pl_module.device)).cpu()  # type: ignore[union-attr, operator]
         for name, chosen in (("clean", data.clean), ("corrupted", ~data.clean)):
             if chosen.any():
                 for writer in _writers(trainer):
@@ -62,7 +62,7 @@ class SuspiciousImages(Callback):
         """Draws the images in the order of their weights; a cross and red mark a label that was in fact replaced."""
         data = _data(trainer)
         images, labels, index = data.train
-        weights = pl_module.hooks.upper(index.to(pl_module.device)).cpu()  # type: ignore[union-attr, operator]
+        weights = pl_module.hooks.upper(None, index.to(pl_module.device)).cpu()  # type: ignore[union-attr, operator]
         order = weights.argsort()[: self.images]
         step = trainer.global_step
         title = f"Smallest weights after {step} upper iterations: label given, weight (✗: the label is wrong)"
@@ -132,7 +132,7 @@ class CleaningReport(Retraining):
         clean = data.clean.to(like.device)
         with torch.no_grad():
             found = task.metrics({"lower": (images, labels, index), "upper": test, "clean": clean})
-            weights = task.upper(index)
+            weights = task.upper(None, index)
         trainings = {
             "learnt weights": (images, labels, weights),
             "all samples equally": (images, labels, torch.ones_like(weights)),

@@ -1,7 +1,7 @@
 """Networks of the shipped tasks: images, shape ``(batch, channels, height, width)``, to logits; bodies, heads, norms.
 
 A body maps images to vectors of ``body.features`` numbers, which are maps of shape ``body.shape``; a head maps those to
-logits. A task can put them on different levels.
+logits. A task can put them on different levels. `weights` are of samples.
 """
 
 from bilevel_lightning.models.cells import PUBLISHED, ArchitectureWeights, Genotype, GenotypeNetwork, SearchNetwork
@@ -11,6 +11,7 @@ from bilevel_lightning.models.equilibrium import Cell, ConvolutionalCell, DenseC
 from bilevel_lightning.models.heads import ConvHead, LinearHead
 from bilevel_lightning.models.norm import PerStepBatchNorm2d, normalization
 from bilevel_lightning.models.resnet import ResNet12, ResNet12Body
+from bilevel_lightning.models.weights import LossWeights, SampleWeights, SourceWeights
 
 __all__ = [
     "PUBLISHED",
@@ -25,11 +26,14 @@ __all__ = [
     "GenotypeNetwork",
     "LinearHead",
     "LinearNet",
+    "LossWeights",
     "MLPNet",
     "PerStepBatchNorm2d",
     "RegressionMLP",
     "ResNet12",
     "ResNet12Body",
+    "SampleWeights",
     "SearchNetwork",
+    "SourceWeights",
     "normalization",
 ]

@@ -17,6 +17,7 @@ from bilevel_lightning.tasks.numerical import (
     StronglyConvex,
 )
 from bilevel_lightning.tasks.poisoning import Poisoning
+from bilevel_lightning.tasks.reweighting import Reweighting
 from bilevel_lightning.tasks.selection import PenaltySelection, QuadraticSum
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "PenaltySelection",
     "Poisoning",
     "QuadraticSum",
+    "Reweighting",
     "SinProblem",
     "SineSum",
     "StronglyConvex",

@@ -18,23 +18,8 @@ from typing_extensions import override
 from bilevel_lightning.callbacks.cleaning import CleaningReport, SuspiciousImages, WeightHistogram
 from bilevel_lightning.checks import check_classifier
 from bilevel_lightning.errors import BilevelError, positive
+from bilevel_lightning.models.weights import SampleWeights
 from bilevel_lightning.task import BilevelTask
-
-
-class SampleWeights(nn.Module):
-    """One weight ``sigmoid(logit)`` in (0, 1) for each training sample, 0.5 at the beginning.
-
-    Args:
-        samples: number of training samples.
-    """
-
-    def __init__(self, samples: int) -> None:
-        super().__init__()
-        self.logits = nn.Parameter(torch.zeros(samples))
-
-    def forward(self, index: Tensor) -> Tensor:
-        """Returns the weights of the samples ``index``, shape ``(batch,)``."""
-        return torch.sigmoid(self.logits[index])
 
 
 class HyperCleaning(BilevelTask):
@@ -78,7 +63,7 @@ class HyperCleaning(BilevelTask):
     @override
     def lower_loss(self, batch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         images, labels, index = batch
-        loss: Tensor = (self.upper(index) * cross_entropy(self.lower(images), labels, reduction="none")).mean()
+        loss: Tensor = (self.upper(None, index) * cross_entropy(self.lower(images), labels, reduction="none")).mean()
         if self.l2:
             loss = loss + self.l2 * torch.stack([p.square().sum() for p in self.lower.parameters()]).sum()
         return loss
@@ -91,7 +76,10 @@ class HyperCleaning(BilevelTask):
         if clean is None or clean.all():
             return found
         index = batch["lower"][2]
-        weights, trusted = self.upper(index), (self.upper.logits[index] >= 0).int()  # 0.5 hides small x in float32
+        weights, trusted = (
+            self.upper(None, index),
+            (self.upper.logits[index] >= 0).int(),
+        )  # 0.5 hides small x in float32
         return {
             **found,
             "precision": binary_precision(trusted, clean),
@@ -107,7 +95,7 @@ class HyperCleaning(BilevelTask):
         """Returns for each training sample its number, given label, label predicted by y, and weight."""
         images, labels, index = batch
         predicted = self.lower(images).argmax(1)
-        return {"index": index, "label": labels, "predicted": predicted, "weight": self.upper(index)}
+        return {"index": index, "label": labels, "predicted": predicted, "weight": self.upper(None, index)}
 
     @override
     def check_data(self, datamodule: LightningDataModule) -> None:

@@ -80,7 +80,7 @@ def test_suspicious_images_are_those_of_the_smallest_weights(run):
     (axes,) = SuspiciousImages(images=19).figure(loop, module).axes
     assert len(axes.images) == 19
     images, labels, index = loop.datamodule.train
-    weights = module.task.upper(index).detach()
+    weights = module.task.upper(None, index).detach()
     order = weights.argsort()[:19]
     assert 0 < loop.datamodule.clean[order].sum() < 19
     for place, (i, image, text) in enumerate(zip(order, axes.images, axes.texts, strict=True)):

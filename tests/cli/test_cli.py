@@ -59,7 +59,7 @@ def of_task(task):
 
 
 def test_every_shipped_config_is_run_here():
-    tasks = ("equilibrium", "few_shot", "hyper_cleaning", "nas", "numerical", "poisoning", "selection")
+    tasks = ("equilibrium", "few_shot", "hyper_cleaning", "nas", "numerical", "poisoning", "reweighting", "selection")
     assert sorted(name for task in tasks for name in of_task(task)) == shipped_configs()
 
 
@@ -177,6 +177,29 @@ def test_shipped_few_shot_configs_run(name, tmp_path, monkeypatch, capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert "queries of a class" in out
     assert "batch normalisation" in out
+
+
+@pytest.mark.parametrize("name", of_task("reweighting"))
+def test_shipped_reweighting_configs_run(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("BILEVEL_DATA_DIR", str(tmp_path))
+    files.mnist(tmp_path)
+    files.mnist(tmp_path, "FashionMNIST")
+    files.cifar_folders(tmp_path, train=120)
+    text = Path(config_path(name)).read_text()
+    small = ["--trainer.max_steps=2", "--data.epoch_length=2", "--data.lower_batch_size=16"]
+    if "digits" not in name:
+        small += ["--data.meta_per_class=2", "--data.class_samples=10"]
+        small += ["--data.imbalance_factor=2"] if "imbalance_factor" in text else []
+        small += ["--data.upper_batch_size=16"] if "upper_batch_size" in text else []
+        small += ["--model.task.weights.samples=100"] if "SampleWeights" in text else []
+    run("--config", name, *small)
+    folder = Path("runs") / name / "version_0"
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len([row for row in rows if row["train/upper_loss"]]) == 2
+    assert [row for row in rows if row["report/equal_weights/balanced_accuracy"]]
+    assert (folder / "weights.png").stat().st_size > 1000
+    assert "What the weights are worth" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", of_task("selection"))

@@ -1,0 +1,270 @@
+"""What a person sees of reweighting: the learnt weights drawn, and what they are worth beside equal weights."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from typing_extensions import override
+
+from bilevel_lightning import tree
+from bilevel_lightning.binding import bind, running_norms
+from bilevel_lightning.datamodules.iterations import Iterations, Whole
+from bilevel_lightning.datamodules.levels import TwoLevelData
+from bilevel_lightning.dynamics import Dynamics
+from bilevel_lightning.models.weights import LossWeights, SourceWeights
+from bilevel_lightning.task import Minibatches
+
+SHOWN = 1000  # training samples whose losses are drawn
+COLOURS = {"clean": "#2c7fb8", "corrupted": "#c1272d", "all": "#2c7fb8"}
+
+
+class WeightFigure(Callback):
+    """The learnt weights: in TensorBoard after each validation and, at the end, as ``weights.png``.
+
+    For `LossWeights` the weight as a function of the loss, over a histogram of the losses of the first 1000 training
+    samples; for `SourceWeights` the weight of each source over the upper iterations; for others a histogram of the
+    weights of those samples. Where the data module says which samples are `clean`, histograms show both kinds. Beside
+    it, the mean weight of each source's samples.
+
+    Attributes:
+        path: upper iterations and the weights of the sources there: at the beginning, at each validation, at the end.
+    """
+
+    def __init__(self) -> None:
+        self.path: list[tuple[int, list[float]]] = []
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"path": self.path}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.path = [*state_dict["path"]]
+
+    @torch.no_grad()
+    def figure(self, trainer: Trainer, pl_module: LightningModule) -> Figure:
+        """Draws the weights as they are."""
+        task: Any = pl_module.hooks
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        part = _converted(trainer, tuple(t[:SHOWN] for t in data.levels()[0]))
+        training = task.training
+        task.eval()
+        losses = task.losses(*part[:2])
+        weights = task.upper(losses, *part[2:4]).float().cpu()
+        task.train(training)
+        losses, source = losses.float().cpu(), part[3].cpu()
+        clean = getattr(data, "clean", None)
+        kinds = {"all": torch.ones_like(weights, dtype=torch.bool)}
+        if clean is not None and not clean[: len(weights)].all():
+            kinds = {"clean": clean[: len(weights)], "corrupted": ~clean[: len(weights)]}
+        figure = Figure(figsize=(9.0, 3.6), layout="constrained")
+        figure.suptitle(f"Weights after {trainer.global_step} upper iterations", size=10)
+        axes: Any = figure.subplots(1, 2)
+        if isinstance(task.upper, LossWeights):
+            self._function(axes[0], task.upper, losses, kinds)
+        elif isinstance(task.upper, SourceWeights):
+            steps, values = zip(*self.path, strict=True)
+            for s, line in enumerate(zip(*values, strict=True)):
+                axes[0].plot(steps, line, marker=".", label=f"source {s}")
+            axes[0].set(xlabel="upper iteration", ylabel="weight", ylim=(0, None))
+            axes[0].legend(fontsize=7, ncols=2)
+        else:
+            _histogram(axes[0], weights, kinds, (0.0, 1.0))
+            axes[0].set(xlabel="weight", ylabel="training samples")
+        sources = source.unique().tolist()
+        means = [float(weights[source == s].mean()) for s in sources]
+        if isinstance(task.upper, SourceWeights):
+            means = task.upper.logits.softmax(0).tolist()
+            sources = [*range(len(means))]  # those samples may lack a rare one
+        axes[1].bar(sources, means, color=COLOURS["all"])
+        axes[1].set(xlabel="source (class)", ylabel="mean weight")
+        axes[1].xaxis.get_major_locator().set_params(integer=True)
+        return figure
+
+    def _function(self, axes: Any, weights: LossWeights, losses: Tensor, kinds: dict[str, Tensor]) -> None:
+        top = float(losses.max())
+        beside = axes.twinx()
+        _histogram(beside, losses, kinds, (0.0, top))
+        beside.set_ylabel("training samples")
+        grid = torch.linspace(0, top, 200).to(next(weights.parameters()))
+        axes.plot(grid.float().cpu(), weights(grid).float().cpu(), color="black")
+        axes.set(xlabel="loss", ylabel="weight", ylim=(0, None), zorder=1)
+        axes.patch.set_visible(False)
+
+    def _note(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        task: Any = pl_module.hooks
+        step = trainer.global_step
+        if isinstance(task.upper, SourceWeights) and (not self.path or self.path[-1][0] != step):
+            self.path.append((step, task.upper.logits.detach().softmax(0).tolist()))
+
+    @override
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._note(trainer, pl_module)
+
+    @override
+    @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not _shown(trainer) or trainer.sanity_checking:
+            return
+        self._note(trainer, pl_module)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_figure("weights", self.figure(trainer, pl_module), trainer.global_step)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = trainer.log_dir  # all processes take part in agreeing on it
+        if folder is not None and trainer.is_global_zero and _shown(trainer):
+            self._note(trainer, pl_module)
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.figure(trainer, pl_module).savefig(Path(folder) / "weights.png", dpi=120)
+
+
+class ReweightingReport(Callback):
+    """Trains the model with equal weights, as controls, and prints the accuracies on the test set beside that of y.
+
+    Both controls start at the weights that the model had before the run and take its lower steps, as many, with its
+    `dynamics`, whose memories go on, on the same minibatches:
+
+    * *equal weights*: w_i = 1;
+    * *equal weights, meta set too*: the mean over the samples of both levels, of the upper one as the run drew them.
+
+    Everything is evaluated once, at the end: nothing is selected on the test set. The numbers go to the loggers as
+    ``report/...``. With several processes the controls see the first one's part of each minibatch.
+
+    Args:
+        controls: False leaves them out, which takes as long as plain training of y twice. Default True.
+
+    Attributes:
+        rows: what the table says, by the name of its row; empty before the end.
+    """
+
+    def __init__(self, controls: bool = True) -> None:
+        self.controls = controls
+        self.scratch: nn.Module | None = None
+        self.rows: dict[str, dict[str, float]] = {}
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and self.scratch is None:
+            task: Any = pl_module.hooks
+            self.scratch = deepcopy(task.lower)
+
+    @override
+    @rank_zero_only
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        stream: Any = trainer.train_dataloader
+        if not _shown(trainer) or not isinstance(stream, Iterations) or not isinstance(data.test_dataloader(), Whole):
+            return
+        module: Any = pl_module
+        lower, upper = (len(samples[0]) for samples in data.levels())
+        tasks = {"reweighted (y)": module.hooks}
+        if self.controls:
+            with module.aside(), torch.inference_mode(False):
+                for name, share in (("equal weights", 0.0), ("equal weights, meta set too", upper / (lower + upper))):
+                    tasks[name] = trained_equally(
+                        module.hooks,
+                        deepcopy(self.scratch).to(next(module.parameters())),  # type: ignore[union-attr]
+                        module.dynamics,
+                        lambda k: _converted(trainer, stream.batch(k)),
+                        module.batches,
+                        module.lower_steps,
+                        share,
+                    )
+        batch = _converted(trainer, data.test_dataloader().batch)
+        for name, task in tasks.items():
+            training = task.training
+            task.eval()
+            with torch.no_grad():
+                found = task.metrics({"lower": batch["lower"], "upper": batch["upper"]})
+            task.train(training)
+            self.rows[name] = {key: float(value) for key, value in found.items()}
+        self.show(trainer)
+
+    def show(self, trainer: Trainer) -> None:
+        """Prints and logs the report."""
+        columns: list[str] = [key for key in ("accuracy", "balanced_accuracy") if key in self.rows["reweighted (y)"]]
+        table = Table(title="What the weights are worth", caption="test set; same network, steps and minibatches")
+        table.add_column("training")
+        for key in columns:
+            table.add_column(f"{key.replace('_', ' ')} %", justify="right")
+        for name, values in self.rows.items():
+            table.add_row(name, *(f"{100 * values[key]:.2f}" for key in columns))
+        Console().print(table)
+        for logger in trainer.loggers:
+            for name, values in self.rows.items():
+                key = name.replace(" (y)", "").replace(",", "").replace(" ", "_")
+                logger.log_metrics({f"report/{key}/{k}": v for k, v in values.items()}, step=trainer.global_step)
+            logger.save()
+
+
+class Equal(nn.Module):
+    """Weights that are all one."""
+
+    @override
+    def forward(self, losses: Tensor | None, index: Tensor, source: Tensor | None = None) -> Tensor:
+        return torch.ones(index.shape, device=index.device)
+
+
+def trained_equally(
+    task: Any,
+    model: nn.Module,
+    dynamics: Dynamics,
+    batch: Callable[[int], Any],
+    iterations: int,
+    steps: int = 1,
+    share: float = 0.0,
+) -> Any:
+    """Returns a copy of a `Reweighting` task whose model was trained with equal weights.
+
+    Args:
+        task: the task.
+        model: the network to train, at its start.
+        dynamics: one step of training; its memories go on from iteration to iteration.
+        batch: the batches of both levels, by the number of the iteration.
+        iterations: how many.
+        steps: steps in each, on its lower minibatches in turn.
+        share: of the samples of both levels that the upper one has, which are trained on too. Default 0: they are not.
+    """
+    control: Any = type(task)(model, Equal(), task.l2 / (1 - share))
+    control.train()
+    state = dynamics.start(tree.detach(tree.of(model)))
+    for k in range(iterations):
+        both = batch(k)
+        problem, _, _ = bind(control, both, {})
+        problem = problem.blend(share, 1 - share) if share else problem
+        for t in range(k * steps, (k + 1) * steps):
+            state = dynamics.step(problem, {}, state, t)
+        if running_norms(model):
+            tree.assign(model, state[0])
+            with torch.no_grad():
+                control.lower_loss(both["lower"][0] if isinstance(both["lower"], Minibatches) else both["lower"])
+    tree.assign(model, state[0])
+    return control
+
+
+def _shown(trainer: Trainer) -> bool:
+    return isinstance(getattr(trainer, "datamodule", None), TwoLevelData)
+
+
+def _converted(trainer: Trainer, batch: Any) -> Any:
+    """Returns a batch on the device and in the precision of the run."""
+    return trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch))
+
+
+def _histogram(axes: Any, values: Tensor, kinds: dict[str, Tensor], span: tuple[float, float]) -> None:
+    for name, chosen in kinds.items():
+        axes.hist(values[chosen].numpy(), bins=40, range=span, color=COLOURS[name], alpha=0.5, label=name)
+    if len(kinds) > 1:
+        axes.legend(fontsize=7)
