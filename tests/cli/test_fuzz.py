@@ -1,6 +1,6 @@
 """Configs with settings at their bounds and beyond end in a run, or in one message.
 
-BILEVEL_FUZZ=500 python -m pytest tests/cli/test_fuzz.py     # as many configs; default 20
+BILEVEL_FUZZ=500 python -m pytest tests/cli/test_fuzz.py     # as many configs; default 30
 """
 
 import inspect
