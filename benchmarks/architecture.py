@@ -1,14 +1,15 @@
 """A tiny architecture search on CIFAR-10: is what it finds better than random? And what an upper iteration costs.
 
     python benchmarks/architecture.py search [--method DARTS1 | DARTS2 | MEHA] [--seed 0] --out runs.csv
-    python benchmarks/architecture.py retrain [--seeds 0 1 2] [--random 5] [--share 0/1] --out runs.csv
+    python benchmarks/architecture.py retrain [--seeds 0 1 2] [--random 5] [--published DARTS_V2] --out runs.csv
     python benchmarks/architecture.py report --out runs.csv
     python benchmarks/architecture.py cost [--rounds 5]
 
 ``search`` searches with 8 channels and 3 cells on 10,000 training images of CIFAR-10, half of them for each level,
-whose pixels are averaged to 16 x 16; minibatches of 64. ``retrain`` trains all genotypes that were found, and random
-ones, from scratch on those 10,000 images, in a network of the same size (8 channels, 3 cells), with the same settings,
-and tests each once, on the official 10,000 test images: nothing is selected on them. ``report`` prints the table.
+whose pixels are averaged to 16 x 16; minibatches of 64. ``retrain`` trains all genotypes that were found, random and
+published ones, from scratch on those 10,000 images, in a network of the same size (8 channels, 3 cells), with the same
+settings, and tests each once, on the official 10,000 test images: nothing is selected on them. ``report`` prints the
+table.
 
 Each finished run is one more row of the file, and none is done twice, so that a kill loses one run. Data are read from
 BILEVEL_DATA_DIR. Seconds are CPU seconds on one thread.
@@ -43,6 +44,7 @@ from bilevel_lightning import DARTS, F2SA, MEHA, SAMA, VPBGD, Adam, BilevelModul
 from bilevel_lightning.binding import bind
 from bilevel_lightning.datamodules import CIFAR10Search, CIFAR10Training
 from bilevel_lightning.models import Genotype, SearchNetwork
+from bilevel_lightning.models.cells import PUBLISHED
 from bilevel_lightning.retraining import Retraining
 from bilevel_lightning.schedules import Cosine, Linear, Power
 from bilevel_lightning.task import Minibatches
@@ -120,10 +122,11 @@ def search(method: str, seed: int, file: Path) -> None:
     )  # fmt: skip
 
 
-def retrain(seeds: list[int], number: int, share: tuple[int, int], file: Path) -> None:
-    """Trains what was found, and random genotypes; of all those runs every n-th, from the i-th."""
+def retrain(seeds: list[int], number: int, published: list[str], share: tuple[int, int], file: Path) -> None:
+    """Trains what was found, random and published genotypes; of all those runs every n-th, from the i-th."""
     found = {f"{row['name']} {row['seed']}": row["genotype"] for row in rows(file) if row["part"] == "search"}
     chosen = found | {f"random {i}": str(Genotype.random(i)) for i in range(number)}
+    chosen |= {name: str(PUBLISHED[name]) for name in published}
     runs = [(seed, name) for seed in seeds for name in chosen][share[0] :: share[1]]
     data = CIFAR10Training(
         train_samples=IMAGES, batch_size=BATCH, image_size=SIDE, padding=2, cutout=0, evaluation_batch_size=1000
@@ -265,6 +268,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of a search")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of retraining")
     parser.add_argument("--random", type=int, default=5, help="number of random genotypes")
+    parser.add_argument("--published", nargs="*", choices=PUBLISHED, default=[], help="published genotypes as controls")
     parser.add_argument("--share", default="0/1", help="i/n: only every n-th run, from the i-th")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each row")
     parser.add_argument("--row", help=argparse.SUPPRESS)
@@ -276,7 +280,7 @@ def main() -> None:
         search(args.method, args.seed, args.out)
     elif args.part == "retrain":
         first, number = map(int, args.share.split("/"))
-        retrain(args.seeds, args.random, (first, number), args.out)
+        retrain(args.seeds, args.random, args.published, (first, number), args.out)
     elif args.part == "report":
         report(args.out)
     elif args.part == "cost":
