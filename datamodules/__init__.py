@@ -1,15 +1,9 @@
 """The data modules."""
 
-from bilevel_lightning.datamodules.augmented import (
-    AugmentedImages,
-    CIFAR10Search,
-    CIFAR10Training,
-    DigitsSearch,
-    DigitsTraining,
-    SearchData,
-    TrainingData,
-)
+from bilevel_lightning.datamodules.architecture import CIFAR10Search, DigitsSearch, SearchData
+from bilevel_lightning.datamodules.augmented import AugmentedImages
 from bilevel_lightning.datamodules.cifar10 import CIFAR10Cleaning
+from bilevel_lightning.datamodules.classification import CIFAR10Training, DigitsTraining, TrainingData
 from bilevel_lightning.datamodules.cleaning import CleaningData
 from bilevel_lightning.datamodules.digits import DigitsCleaning
 from bilevel_lightning.datamodules.episodes import EpisodicDataModule
