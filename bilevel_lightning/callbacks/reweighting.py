@@ -1,7 +1,6 @@
 """What a person sees of reweighting: the learnt weights drawn, and what they are worth beside equal weights."""
 
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from typing_extensions import override
 
 from bilevel_lightning import tree
 from bilevel_lightning.binding import bind, running_norms
+from bilevel_lightning.callbacks.retraining import FromScratch
 from bilevel_lightning.datamodules.iterations import Iterations, Whole
 from bilevel_lightning.datamodules.levels import TwoLevelData
 from bilevel_lightning.dynamics import Dynamics
@@ -130,7 +130,7 @@ class WeightFigure(Callback):
             self.figure(trainer, pl_module).savefig(Path(folder) / "weights.png", dpi=120)
 
 
-class ReweightingReport(Callback):
+class ReweightingReport(FromScratch):
     """Trains the model with equal weights, as controls, and prints the accuracies on the test set beside that of y.
 
     Both controls start at the weights that the model had before the run and take its lower steps, as many, with its
@@ -150,15 +150,9 @@ class ReweightingReport(Callback):
     """
 
     def __init__(self, controls: bool = True) -> None:
+        super().__init__()
         self.controls = controls
-        self.scratch: nn.Module | None = None
         self.rows: dict[str, dict[str, float]] = {}
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and self.scratch is None:
-            task: Any = pl_module.hooks
-            self.scratch = deepcopy(task.lower)
 
     @override
     @rank_zero_only
@@ -175,7 +169,7 @@ class ReweightingReport(Callback):
                 for name, share in (("equal weights", 0.0), ("equal weights, meta set too", upper / (lower + upper))):
                     tasks[name] = trained_equally(
                         module.hooks,
-                        deepcopy(self.scratch).to(next(module.parameters())),  # type: ignore[union-attr]
+                        self.fresh(next(module.parameters())),
                         module.dynamics,
                         lambda k: _converted(trainer, stream.batch(k)),
                         module.batches,
@@ -202,11 +196,9 @@ class ReweightingReport(Callback):
         for name, values in self.rows.items():
             table.add_row(name, *(f"{100 * values[key]:.2f}" for key in columns))
         Console().print(table)
-        for logger in trainer.loggers:
-            for name, values in self.rows.items():
-                key = name.replace(" (y)", "").replace(",", "").replace(" ", "_")
-                logger.log_metrics({f"report/{key}/{k}": v for k, v in values.items()}, step=trainer.global_step)
-            logger.save()
+        for name, values in self.rows.items():
+            key = name.replace(" (y)", "").replace(",", "").replace(" ", "_")
+            self.report(trainer, {f"{key}/{k}": v for k, v in values.items()})
 
 
 class Equal(nn.Module):
