@@ -48,6 +48,8 @@ class MEHA(SingleLoop):
         and Hessian-Free Solution Strategy. ICML 2024.
     """
 
+    side_by_side = True
+
     def __init__(
         self,
         *,
@@ -82,7 +84,7 @@ class MEHA(SingleLoop):
         solved, v_x, _ = problem.values_and_gradients(x, theta, t, lower=False)
         d_x = {n: weight * f_x[n] + g_x[n] - v_x[n] for n in x}
         apart = tree.axpy(-1.0, theta, y)
-        gap = value - solved - tree.dot(apart, apart) / (2 * self.gamma)
+        gap = value - solved - problem.square(apart) / (2 * self.gamma)
 
         def lower(problem: BilevelProblem, x: Params) -> Params:
             d_y = tree.axpy(-1 / self.gamma, apart, problem.blend(weight).grad_g(x, y, t))

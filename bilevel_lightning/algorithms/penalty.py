@@ -23,7 +23,7 @@ class SingleLoop(BilevelModule, ABC):
         **kwargs: settings of `BilevelModule`.
 
     Raises:
-        BilevelError: if lower_lr is not positive, or the task solves y anew for each episode.
+        BilevelError: if lower_lr is not positive, or the task solves y anew for each episode and does not store it.
     """
 
     estimates_hypergradient = False
@@ -35,10 +35,11 @@ class SingleLoop(BilevelModule, ABC):
 
     @override
     def configure_model(self) -> None:
-        if not self.hooks.persistent_lower:
+        if not self.hooks.persistent_lower and not self.hooks.stored_lowers:
             raise BilevelError(
                 f"{type(self).__name__} moves y once in an upper iteration, so y must persist: set persistent_lower = "
-                "True, or use F2SA, BVFSM or RHG, which solve the lower level of each episode."
+                "True, or store those of the episodes (FewShot.stored_heads), or use F2SA, BVFSM or RHG, which solve "
+                "the lower level of each episode."
             )
         super().configure_model()
 
