@@ -27,6 +27,10 @@ class MEHA(SingleLoop):
     3. At the new x: d_y = f_y(x, y) / c_k + g_y(x, y) - (y - theta) / gamma; y <- prox(y - beta d_y).
 
     g_x includes the derivative of a nonsmooth term, and prox its map. First derivatives only, one of each level at y.
+    Where a task stores the y of its episodes (`Bilevel.stored_lowers`), each has its own theta, and an iteration moves
+    those of the batch: with all N tasks in it, this is MEHA with f their mean, g their sum, c / N for c and, where x
+    steps by SGD, its step size over N for that.
+
     The released scripts multiply f by a weight that grows, keep the known solution in the update, or restart theta;
     none of that is here. Logged besides: ``train/gap``, g(x, y) - g(x, theta) - |theta - y|^2 / (2 gamma).
 

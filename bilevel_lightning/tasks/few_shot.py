@@ -51,6 +51,9 @@ class FewShot(BilevelTask):
     * naive, the last batch's heads for other tasks: N = episodes of a batch, on all processes.
     * full, each task its own: N = the data's ``train_episodes``.
 
+    Methods that step y once in an upper iteration (MEHA, V-PBGD, BOME, SOBA) need the full one: y is the heads of all N
+    tasks, and an iteration moves those of its episodes. What a method keeps beside y is kept for each head too.
+
     Args:
         body: network from images to features; with ``head: null`` the whole network, from images to logits.
         head: network from features to logits.

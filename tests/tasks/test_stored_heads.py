@@ -6,6 +6,7 @@ import pytest
 import torch
 from episodic import Given, body, close, head, images, train
 from loops import trainer
+from torch import nn
 from torch.nn.functional import cross_entropy, linear
 
 from bilevel_lightning import (
@@ -24,9 +25,10 @@ from bilevel_lightning import (
     GradientDescent,
     tree,
 )
+from bilevel_lightning.datamodules import Sinusoid
 from bilevel_lightning.estimators import Plain
 from bilevel_lightning.task import Bilevel
-from bilevel_lightning.tasks import FewShot
+from bilevel_lightning.tasks import FewShot, FewShotRegression
 
 RIDGE = {"start": "fixed", "regularizer": "ridge", "regularization": 0.05}
 sgd = lambda lr: lambda params: torch.optim.SGD(params, lr=lr)
@@ -182,6 +184,17 @@ def test_evaluations_of_meha_adapt_the_head_as_it_was_made():
 def test_single_loops_need_heads_that_persist(algorithm):
     with pytest.raises(BilevelError, match="so y must persist: .*store those of the episodes .FewShot.stored_heads"):
         train(algorithm(task=few()), [images(2)])
+
+
+@pytest.mark.parametrize("tasks", [None, 6])
+def test_single_loops_refuse_heads_of_other_tasks(tasks):
+    """Heads of the places in a batch, which suit methods that solve the lower level."""
+    module = MEHA(
+        task=FewShotRegression(nn.Sequential(nn.Linear(1, 4), nn.Tanh()), nn.Linear(4, 1), stored_heads=2, **RIDGE)
+    )
+    data = Sinusoid(shots=2, queries=2, episodes_per_batch=2, val_episodes=2, epoch_length=1, train_episodes=tasks)
+    with pytest.raises(BilevelError, match=f"the task stores 2, and data.train_episodes is {tasks}: set both"):
+        trainer(1).fit(module, datamodule=data)
 
 
 class Unprepared(FewShot):
