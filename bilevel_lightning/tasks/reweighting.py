@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics.functional.classification import binary_auroc, multiclass_accuracy
 from typing_extensions import override
 
-from bilevel_lightning.callbacks.reweighting import ReweightingReport, WeightFigure
+from bilevel_lightning.callbacks.reweighting import ReweightingReport, SourceWeightCurve, WeightFigure
 from bilevel_lightning.datamodules.levels import TwoLevelData
 from bilevel_lightning.errors import BilevelError
 from bilevel_lightning.models.weights import LossWeights, SampleWeights, SourceWeights
@@ -182,4 +182,5 @@ class Reweighting(BilevelTask):
 
     @override
     def callbacks(self) -> list[Callback]:
-        return [WeightFigure(), ReweightingReport()]
+        weights = SourceWeightCurve() if isinstance(self.upper, SourceWeights) else WeightFigure()
+        return [weights, ReweightingReport()]

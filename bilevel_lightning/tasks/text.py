@@ -8,7 +8,7 @@ from pytorch_lightning import Callback, LightningDataModule
 from torch import Tensor, nn
 from typing_extensions import override
 
-from bilevel_lightning.callbacks.text import SourceWeightCurve
+from bilevel_lightning.callbacks.reweighting import SourceWeightCurve
 from bilevel_lightning.datamodules.text import TextSources
 from bilevel_lightning.errors import BilevelError
 from bilevel_lightning.models.weights import SampleWeights, SourceWeights

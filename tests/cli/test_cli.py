@@ -198,7 +198,8 @@ def test_shipped_reweighting_configs_run(name, tmp_path, monkeypatch, capsys):
         rows = list(csv.DictReader(file))
     assert len([row for row in rows if row["train/upper_loss"]]) == 2
     assert [row for row in rows if row["report/equal_weights/balanced_accuracy"]]
-    assert (folder / "weights.png").stat().st_size > 1000
+    picture = "source_weights.png" if "SourceWeights" in text else "weights.png"
+    assert (folder / picture).stat().st_size > 1000
     assert "What the weights are worth" in capsys.readouterr().out
 
 
