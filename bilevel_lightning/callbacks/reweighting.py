@@ -1,13 +1,11 @@
 """What a person sees of reweighting: the learnt weights drawn, and what they are worth beside equal weights."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +14,7 @@ from typing_extensions import override
 
 from bilevel_lightning import tree
 from bilevel_lightning.binding import bind, running_norms
+from bilevel_lightning.callbacks.figures import Figures
 from bilevel_lightning.callbacks.retraining import FromScratch
 from bilevel_lightning.datamodules.iterations import Iterations, Whole
 from bilevel_lightning.datamodules.levels import TwoLevelData
@@ -27,7 +26,7 @@ SHOWN = 1000  # training samples whose losses are drawn
 COLOURS = {"clean": "#2c7fb8", "corrupted": "#c1272d", "all": "#2c7fb8"}
 
 
-class SourceWeightCurve(Callback):
+class SourceWeightCurve(Figures):
     """The weight of each source over the upper iterations, where the weights are `SourceWeights`.
 
     As scalars ``train/source_weight/<name>`` with everything else that is logged; as a figure in TensorBoard after each
@@ -64,8 +63,11 @@ class SourceWeightCurve(Callback):
         if every and trainer.global_step % every == 0 and trainer.global_step > self.path[-1][0]:
             self.path.append((trainer.global_step, weights.tolist()))
 
-    def figure(self, trainer: Trainer) -> Figure:
+    @override
+    def figures(self, trainer: Trainer, pl_module: Any) -> dict[str, Figure]:
         """Draws the path."""
+        if not self.path:
+            return {}
         figure = Figure(figsize=(5.0, 3.2), layout="constrained")
         axes: Any = figure.subplots()
         steps, values = zip(*self.path, strict=True)
@@ -73,26 +75,10 @@ class SourceWeightCurve(Callback):
             axes.plot(steps, line, marker=".", label=name)
         axes.set(xlabel="upper iteration", ylabel="weight of the source", ylim=(0, None))
         axes.legend(fontsize=8, ncols=2)
-        return figure
-
-    @override
-    @rank_zero_only
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.path:
-            return
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure("source_weights", self.figure(trainer), trainer.global_step)
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = trainer.log_dir  # all processes take part in agreeing on it
-        if folder is not None and trainer.is_global_zero and self.path:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            self.figure(trainer).savefig(Path(folder) / "source_weights.png", dpi=120)
+        return {"source_weights": figure}
 
 
-class WeightFigure(Callback):
+class WeightFigure(Figures):
     """The weights of samples: in TensorBoard after each validation and, at the end, as ``weights.png``.
 
     For `LossWeights` the weight as a function of the loss, over a histogram of the losses of the first 1000 training
@@ -100,11 +86,13 @@ class WeightFigure(Callback):
     `clean`, histograms show both kinds. Beside it, the mean weight of each source's samples.
     """
 
+    @override
     @torch.no_grad()
-    def figure(self, trainer: Trainer, pl_module: LightningModule) -> Figure:
+    def figures(self, trainer: Trainer, pl_module: Any) -> dict[str, Figure]:
         """Draws the weights as they are."""
-        task: Any = pl_module.hooks
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        task, data = pl_module.hooks, getattr(trainer, "datamodule", None)
+        if not isinstance(data, TwoLevelData):
+            return {}
         part = _converted(trainer, tuple(t[:SHOWN] for t in data.levels()[0]))
         training = task.training
         task.eval()
@@ -128,7 +116,7 @@ class WeightFigure(Callback):
         axes[1].bar(sources, [float(weights[source == s].mean()) for s in sources], color=COLOURS["all"])
         axes[1].set(xlabel="source (class)", ylabel="mean weight")
         axes[1].xaxis.get_major_locator().set_params(integer=True)
-        return figure
+        return {"weights": figure}
 
     def _function(self, axes: Any, weights: LossWeights, losses: Tensor, kinds: dict[str, Tensor]) -> None:
         top = float(losses.max())
@@ -139,22 +127,6 @@ class WeightFigure(Callback):
         axes.plot(grid.float().cpu(), weights(grid).float().cpu(), color="black")
         axes.set(xlabel="loss", ylabel="weight", ylim=(0, None), zorder=1)
         axes.patch.set_visible(False)
-
-    @override
-    @rank_zero_only
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not _shown(trainer) or trainer.sanity_checking:
-            return
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure("weights", self.figure(trainer, pl_module), trainer.global_step)
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = trainer.log_dir  # all processes take part in agreeing on it
-        if folder is not None and trainer.is_global_zero and _shown(trainer):
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            self.figure(trainer, pl_module).savefig(Path(folder) / "weights.png", dpi=120)
 
 
 class ReweightingReport(FromScratch):
@@ -184,9 +156,11 @@ class ReweightingReport(FromScratch):
     @override
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        stream: Any = trainer.train_dataloader
-        if not _shown(trainer) or not isinstance(stream, Iterations) or not isinstance(data.test_dataloader(), Whole):
+        data, stream = getattr(trainer, "datamodule", None), trainer.train_dataloader
+        if not isinstance(data, TwoLevelData) or not isinstance(stream, Iterations):
+            return
+        test = data.test_dataloader()
+        if not isinstance(test, Whole):
             return
         module: Any = pl_module
         lower, upper = (len(samples[0]) for samples in data.levels())
@@ -203,7 +177,7 @@ class ReweightingReport(FromScratch):
                         module.lower_steps,
                         share,
                     )
-        batch = _converted(trainer, data.test_dataloader().batch)
+        batch = _converted(trainer, test.batch)
         for name, task in tasks.items():
             training = task.training
             task.eval()
@@ -283,10 +257,6 @@ def _names(trainer: Trainer, number: int) -> list[str]:
     """Returns the names of the sources."""
     data = getattr(trainer, "datamodule", None)
     return getattr(data, "names", None) or [str(s) for s in range(number)]
-
-
-def _shown(trainer: Trainer) -> bool:
-    return isinstance(getattr(trainer, "datamodule", None), TwoLevelData)
 
 
 def _converted(trainer: Trainer, batch: Any) -> Any:

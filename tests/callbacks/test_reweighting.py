@@ -65,7 +65,7 @@ def test_pictures_and_scalars(run):
 
 def test_what_the_figure_draws(run):
     kind, _, module, loop = run
-    axes = WeightFigure().figure(loop, module).axes
+    axes = WeightFigure().figures(loop, module)["weights"].axes
     part = tuple(t[:1000] for t in loop.datamodule.train)
     weights = module.task.eval().weigh(part).detach()
     bars = {round(bar.get_x() + bar.get_width() / 2): bar.get_height() for bar in axes[1].patches}
@@ -91,7 +91,7 @@ def test_weights_of_sources_over_the_iterations(run):
         assert not [c for c in loop.callbacks if isinstance(c, SourceWeightCurve)]
         return
     callback = own(loop, SourceWeightCurve)
-    (axes,) = callback.figure(loop).axes
+    (axes,) = callback.figures(loop, module)["source_weights"].axes
     assert [line.get_label() for line in axes.lines] == [str(s) for s in range(10)]
     last = torch.stack([torch.tensor(line.get_ydata()) for line in axes.lines])[:, -1]
     assert torch.allclose(last.float(), module.task.upper.logits.detach().softmax(0))
