@@ -1,4 +1,4 @@
-"""Where figures go, and other files of a run."""
+"""Where figures and other files of a run go, and when something is noted for them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -51,6 +51,12 @@ def run_folder(trainer: Trainer) -> Path | None:
     folder = Path(name)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def due(trainer: Trainer) -> bool:
+    """Whether the batch that ends is a logged one."""
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    return bool(every) and trainer.fit_loop.epoch_loop.batch_progress.total.ready % every == 0
 
 
 def data_with(trainer: Trainer, name: str) -> Any:

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 from typing_extensions import override
 
-from bilevel_lightning.callbacks.figures import run_folder, show
+from bilevel_lightning.callbacks.figures import due, run_folder, show
 from bilevel_lightning.errors import BilevelError, positive
 
 if TYPE_CHECKING:
@@ -35,12 +35,6 @@ def _point(pl_module: LightningModule) -> tuple[Tensor, Tensor]:
     """Returns copies of x and y, on the CPU."""
     task = _task(pl_module)
     return task.upper["x"].detach().cpu().clone(), task.lower["y"].detach().cpu().clone()
-
-
-def _due(trainer: Trainer) -> bool:
-    """Whether the batch that ends is a logged one."""
-    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return bool(every) and trainer.fit_loop.epoch_loop.batch_progress.total.ready % every == 0
 
 
 class SolutionError(Callback):
@@ -86,7 +80,7 @@ class SolutionError(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if _due(trainer):
+        if due(trainer):
             for name, value in _task(pl_module).metrics(batch).items():
                 pl_module.log(f"train/{name}", value.float(), prog_bar=name == "error_x", batch_size=1)
 
@@ -203,7 +197,7 @@ class PathFigure(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if _due(trainer):
+        if due(trainer):
             self.record(pl_module)
 
     @override

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from bilevel_lightning import tree
 from bilevel_lightning.binding import bind, running_norms
-from bilevel_lightning.callbacks.figures import Figures
+from bilevel_lightning.callbacks.figures import Figures, due
 from bilevel_lightning.callbacks.retraining import FromScratch
 from bilevel_lightning.datamodules.iterations import Iterations, Whole
 from bilevel_lightning.datamodules.levels import TwoLevelData
@@ -55,13 +55,11 @@ class SourceWeightCurve(Figures):
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         weights = _source_weights(pl_module)
-        if weights is None:
+        if weights is None or not due(trainer):
             return
         for name, weight in zip(_names(trainer, len(weights)), weights, strict=True):
             pl_module.log(f"train/source_weight/{name}", weight, batch_size=1)
-        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and trainer.global_step % every == 0 and trainer.global_step > self.path[-1][0]:
-            self.path.append((trainer.global_step, weights.tolist()))
+        self.path.append((trainer.global_step, weights.tolist()))
 
     @override
     def figures(self, trainer: Trainer, pl_module: Any) -> dict[str, Figure]:
