@@ -97,14 +97,6 @@ class TextReweighting(Reweighting):
                 "must hold a logit for each of 256 bytes: raise tokens (vocab_size) to 256 or more."
             )
 
-    def _fits(self, kind: type[SourceWeights] | type[SampleWeights], setting: str, number: int, what: str) -> None:
-        """Compares the number of weights of that kind with what the data have."""
-        if isinstance(self.upper, kind) and len(self.upper.logits) != number:
-            raise BilevelError(
-                f"{kind.__name__} has {len(self.upper.logits)} weights but the data {number} {what}: set "
-                f"task.weights.{setting} to that number."
-            )
-
     @override
     def callbacks(self) -> list[Callback]:
         return [SourceWeightCurve()]
