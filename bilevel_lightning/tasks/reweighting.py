@@ -31,10 +31,11 @@ class Reweighting(BilevelTask):
     A lower batch is ``(inputs, targets, index, source)``, an upper batch ``(inputs, targets)``.
 
     `LossWeights` get l_i at the y at which the upper iteration begins, fixed during it (`prepare`, one more evaluation
-    of the network): g is then a function of (x, y), so that its derivatives commute, and one step of gradient descent,
-    differentiated (`TRHG` with K = T = 1, `DARTS`), is Meta-Weight-Net's look-ahead. Of its published codes the one for
-    imbalance normalises in the look-ahead too, and has the derivative of a weight with respect to its loss in y's
-    gradient, which is not the paper's. Both step y again at the new weights; here the looked-ahead y is the next one.
+    of the network, not counted as an oracle): g is then a function of (x, y), so that its derivatives commute, and one
+    step of gradient descent, differentiated (`TRHG` with K = T = 1, `DARTS`), is Meta-Weight-Net's look-ahead. Of its
+    published codes the one for imbalance normalises in the look-ahead too, and has the derivative of a weight with
+    respect to its loss in y's gradient, which is not the paper's. Both step y again at the new weights; here the
+    looked-ahead y is the next one.
 
     Metrics, over all data of the stage: ``accuracy``; where targets are one class a sample, ``balanced_accuracy``, the
     mean over the classes, and ``class_accuracy_0``, ...; with `SourceWeights`, ``source_weight_0``, ...; where a batch
