@@ -125,8 +125,6 @@ class LinearData(TwoLevelData):
         train = parts[0]
         classes = None if self.regression else np.unique(train.labels)
         names = ("training", "validation", "test")
-        self.train: Any
-        self.val: Any
         self.train, self.val, self.test = (
             None
             if part is None
@@ -159,10 +157,6 @@ class LinearData(TwoLevelData):
         if sparse:
             return SparseRows(inputs.astype(np.float64 if kind == torch.float64 else np.float32)), targets
         return torch.from_numpy(np.ascontiguousarray(values)).to(kind), targets
-
-    @override
-    def levels(self) -> tuple[Samples, Samples]:
-        return self.train, self.val
 
     def _whole(self, data: Any) -> tuple[Any, Tensor]:
         inputs, labels = data
