@@ -137,20 +137,14 @@ class CleaningReport(Retraining):
 
     def show(self, trainer: Trainer, rows: dict[str, float], found: dict[str, float]) -> None:
         """Prints and logs the report."""
-        table = Table(
-            title="What the weights are worth", caption=f"from scratch, {self.steps} steps (not the first line)"
-        )
-        table.add_column("training data")
-        table.add_column("test accuracy %", justify="right")
-        for name, value in rows.items():
-            table.add_row(name, f"{100 * value:.2f}")
-        console = Console()
-        console.print(table)
+        shown = {name: [f"{100 * value:.2f}"] for name, value in rows.items()}
+        caption = f"from scratch, {self.steps} steps (not the first line)"
+        self.print_table("What the weights are worth", caption, ("training data", "test accuracy %"), shown)
         if found:
             cleaning = Table(title="Which labels are right, by the weights")
             for name in found:
                 cleaning.add_column(name.replace("_", " "), justify="right")
             cleaning.add_row(*(f"{value:.3f}" for value in found.values()))
-            console.print(cleaning)
+            Console().print(cleaning)
         keys = {name.split(" (")[0].replace(" ", "_"): value for name, value in rows.items()}
         self.report(trainer, {**keys, **found})

@@ -194,9 +194,7 @@ class PathFigure(Callback):
             self.record(pl_module)
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         if due(trainer):
             self.record(pl_module)
 

@@ -7,8 +7,6 @@ from matplotlib.figure import Figure
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.cli import OptimizerCallable
 from pytorch_lightning.utilities import rank_zero_only
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from typing_extensions import override
@@ -150,19 +148,14 @@ class PoisoningReport(Retraining):
 
     def show(self, trainer: Trainer, rows: dict[str, list[float]], norms: dict[str, float]) -> None:
         """Prints and logs the report."""
-        table = Table(
-            title="What training on the poisoned images costs",
-            caption=f"accuracies in %; from scratch, {self.steps} steps (not the first line)",
-        )
-        table.add_column("training data")
-        for name in ("mean norm", "train", "validation", "test"):
-            table.add_column(name, justify="right")
+        shown = {n: [f"{norms[n]:.3f}", *(f"{100 * value:.2f}" for value in found)] for n, found in rows.items()}
+        caption = f"accuracies in %; from scratch, {self.steps} steps (not the first line)"
+        columns = ("training data", "mean norm", "train", "validation", "test")
+        self.print_table("What training on the poisoned images costs", caption, columns, shown)
         logs = {}
         for name, found in rows.items():
-            table.add_row(name, f"{norms[name]:.3f}", *(f"{100 * value:.2f}" for value in found))
             key = name.replace(" ", "_")
             logs[f"{key}/norm"] = norms[name]
             parts = zip(("train_accuracy", "val_accuracy", "test_accuracy"), found, strict=True)
             logs.update({f"{key}/{part}": value for part, value in parts})
-        Console().print(table)
         self.report(trainer, logs)

@@ -7,8 +7,6 @@ import torch
 from matplotlib.figure import Figure
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_only
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -188,13 +186,9 @@ class ReweightingReport(FromScratch):
     def show(self, trainer: Trainer) -> None:
         """Prints and logs the report."""
         columns: list[str] = [key for key in ("accuracy", "balanced_accuracy") if key in self.rows["reweighted (y)"]]
-        table = Table(title="What the weights are worth", caption="test set; same network, steps and minibatches")
-        table.add_column("training")
-        for key in columns:
-            table.add_column(f"{key.replace('_', ' ')} %", justify="right")
-        for name, values in self.rows.items():
-            table.add_row(name, *(f"{100 * values[key]:.2f}" for key in columns))
-        Console().print(table)
+        names = ["training", *(f"{key.replace('_', ' ')} %" for key in columns)]
+        shown = {name: [f"{100 * values[key]:.2f}" for key in columns] for name, values in self.rows.items()}
+        self.print_table("What the weights are worth", "test set; same network, steps and minibatches", names, shown)
         for name, values in self.rows.items():
             key = name.replace(" (y)", "").replace(",", "").replace(" ", "_")
             self.report(trainer, {f"{key}/{k}": v for k, v in values.items()})
