@@ -37,7 +37,8 @@ def check_trainer(trainer: Trainer) -> None:
     if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
         raise BilevelError(
             f"{type(strategy).__name__} keeps a part of the parameters on each process, and hypergradients read "
-            "all of them: set trainer.strategy to ddp."
+            "all of them: set trainer.strategy to ddp, or for a method of first derivatives to sharded, which divides "
+            "y alone."
         )
     for callback in trainer.checkpoint_callbacks:
         if getattr(callback, "_train_time_interval", None) is not None:

@@ -48,6 +48,8 @@ class MEHA(SingleLoop):
         and Hessian-Free Solution Strategy. ICML 2024.
     """
 
+    first_order = True
+
     def __init__(
         self,
         *,
