@@ -127,8 +127,8 @@ class BilevelModule(Evaluation, ABC):
 
     least_lower_steps = 1
     compilable = False
-    first_order = False
-    """Whether it takes no second derivatives, so that y may be divided among processes (`sharding`)."""
+    divisible = False
+    """Whether y may be divided among processes (`sharding`), since no second derivatives are taken."""
     partitioned = False
     """Whether minibatches must be parts of a fixed partition of the samples, each part being remembered."""
     lower_loop = True

@@ -1,7 +1,7 @@
 """One y divided among processes, for methods of first derivatives: the strategy ``sharded``.
 
-Each process keeps a part of every tensor of y and of what an algorithm keeps beside it (torch's `DTensor`, divided along
-the first dimension). Sums and products of such trees need no other process; norms and inner products come whole
+Each process keeps a part of every tensor of y and of what an algorithm keeps beside it, as torch's `DTensor`, divided
+along the first dimension. Sums and products of such trees need no other process; norms and inner products come whole
 (`tree`). A loss gets y whole, and its derivative comes back as a mean over processes, in parts.
 """
 
@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from bilevel_lightning import tree
+from bilevel_lightning.dynamics import FixedPoint, HigherDynamics
 from bilevel_lightning.errors import BilevelError
 from bilevel_lightning.tree import Params
 
 FIRST_ORDER = "BOME, BVFSM, DARTS, F2SA, MEHA, PZOBO, SAMA or VPBGD"
-"""The algorithms whose ``first_order`` is true."""
+"""The algorithms whose ``divisible`` is true."""
 
 
 class _Whole(torch.autograd.Function):
@@ -71,23 +72,25 @@ def check(module: Any) -> None:
     """Refuses what cannot run with a divided y.
 
     Raises:
-        BilevelError: for methods with second derivatives, y that do not persist, and learnt settings of the dynamics.
+        BilevelError: for methods with second derivatives, y that do not persist, and dynamics that are not made of
+            sums and products of trees alone, or learn settings.
     """
     name = type(module).__name__
-    if not getattr(module, "first_order", False):
+    if not getattr(module, "divisible", False):
         raise BilevelError(
-            f"trainer.strategy sharded divides y among processes, and {name} is no bilevel method of first derivatives "
-            f"alone: set it to ddp, or take {FIRST_ORDER}."
+            "trainer.strategy sharded divides one y that persists among processes, for methods without second "
+            f"derivatives: set it to ddp, or take {FIRST_ORDER} in place of {name}."
         )
     if not module.hooks.persistent_lower:
         raise BilevelError(
-            "trainer.strategy sharded divides one y that persists, and here each process solves y for its own "
-            "episodes: set it to ddp."
+            "trainer.strategy sharded divides one y that persists among processes, and here each of them solves y for "
+            "its own episodes: set it to ddp."
         )
-    if module.learnable:
+    if module.learnable or isinstance(module.dynamics, FixedPoint | HigherDynamics):
+        what = f"{type(module.dynamics).__name__} {'learns' if module.learnable else 'does'}"
         raise BilevelError(
-            f"trainer.strategy sharded takes no learnt settings of {type(module.dynamics).__name__}: leave them out, or "
-            "set it to ddp."
+            f"trainer.strategy sharded does not divide what {what}: set it to ddp, or dynamics to GradientDescent, its "
+            "relatives or Adam without learnt settings."
         )
 
 
@@ -108,12 +111,18 @@ class Sharded(DDPStrategy):
 
     @override
     def configure_ddp(self) -> None:
-        from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
-
         module: Any = self.lightning_module
         check(module)
         for t in [*module.parameters(), *module.buffers()]:
             dist.broadcast(t.detach(), src=0)  # as DDP does
+        if self._gathering not in module.trainer.callbacks:
+            module.trainer.callbacks.insert(0, self._gathering)
+
+    @override
+    def on_train_start(self) -> None:
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+
+        module: Any = self.lightning_module
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
         kept = [*module.states.buffers(), *(() if module.cold_start is None else module.cold_start.buffers())]
 
@@ -121,8 +130,6 @@ class Sharded(DDPStrategy):
             return distribute_tensor(t.detach(), mesh, [Shard(0) if t.ndim else Replicate()], src_data_rank=None)
 
         _replace(module, [*tree.of(module.hooks.lower).values(), *kept], part)
-        if self._gathering not in module.trainer.callbacks:
-            module.trainer.callbacks.insert(0, self._gathering)
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:

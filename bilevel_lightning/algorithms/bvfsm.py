@@ -44,7 +44,7 @@ class BVFSM(BilevelModule):
         Optimization. TPAMI 2023.
     """
 
-    first_order = True
+    divisible = True
     estimates_hypergradient = False
 
     def __init__(

@@ -48,7 +48,7 @@ class MEHA(SingleLoop):
         and Hessian-Free Solution Strategy. ICML 2024.
     """
 
-    first_order = True
+    divisible = True
 
     def __init__(
         self,

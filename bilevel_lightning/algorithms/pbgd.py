@@ -74,7 +74,7 @@ class VPBGD(PBGD):
         H. Shen, T. Chen. On Penalty-based Bilevel Gradient Descent Method. ICML 2023.
     """
 
-    first_order = True
+    divisible = True
 
     def __init__(
         self,
