@@ -101,7 +101,7 @@ class Bilevel:
 
         Tensors that require gradients in the result (such as a backbone's features) become upper variables of that
         problem, and their gradient is pulled back to x with one vector-Jacobian product, so every algorithm stays
-        exact.
+        exact. Neither this nor the pull-back counts as an oracle, also where it evaluates a network.
         """
         return batch
 

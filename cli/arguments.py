@@ -14,6 +14,7 @@ from jsonargparse import set_parsing_settings
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningCLI
 
+from bilevel_lightning import algorithms
 from bilevel_lightning.errors import BilevelError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -34,6 +35,10 @@ LOADERS = [
 ]  # what runs code or files that it is given
 
 
+UNKNOWN = re.compile(
+    r".*class_path '(?:bilevel_lightning\.(?:\w+\.)*)?([\w.]+)': "
+    r"(?:Option '(\w+)' is not accepted|unrecognized arguments: --([\w.]+))",
+)
 NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 _allowed: set[str] = set()  # by earlier calls in this process
 
@@ -146,4 +151,12 @@ def explain(error: BaseException) -> str | None:
         )
     noise = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value")
     lines = [line.strip() for line in text.splitlines()]
-    return " ".join(line.removeprefix("- ") for line in lines if not line.startswith(noise))
+    text = " ".join(line.removeprefix("- ") for line in lines if not line.startswith(noise))
+    if unknown := UNKNOWN.match(text):
+        name, setting = unknown[1], unknown[2] or unknown[3]
+        loop = getattr(getattr(algorithms, name, None), "lower_loop", True)
+        where = ".".join(re.findall(r'Parser key "([\w.]+)"', text))
+        of_loop = setting.partition(".")[0] in ("dynamics", "lower_steps")
+        why = "" if loop or not of_loop else ", since it has no lower loop: it moves y by steps of lower_lr"
+        return f"{name} has no setting {setting}{why}. bilevel-fit --{where}.help {name} lists its settings."
+    return text

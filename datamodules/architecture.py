@@ -5,7 +5,6 @@ from typing_extensions import override
 from bilevel_lightning.datamodules.augmented import AugmentedImages, CIFAR10Statistics, DigitsStatistics, Parts
 from bilevel_lightning.datamodules.cifar10 import CIFAR10Files
 from bilevel_lightning.datamodules.digits import DigitsFiles
-from bilevel_lightning.datamodules.levels import Samples
 from bilevel_lightning.errors import BilevelError
 
 
@@ -85,10 +84,6 @@ class SearchData(AugmentedImages):
         samples = len(self.source(train=True).labels) if self.samples is None else self.samples
         lower = min(max(round(self.lower_share * samples), 1), samples - 1)
         self.train, self.val, self.test = self.select([lower, samples - lower], f"data.samples={samples}")
-
-    @override
-    def levels(self) -> tuple[Samples, Samples]:
-        return self.train, self.val
 
     @override
     def val_dataloader(self) -> Parts:

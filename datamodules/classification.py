@@ -89,10 +89,6 @@ class TrainingData(AugmentedImages):
         self.train, self.val, self.test = self.select([train, self.val_samples], names)
 
     @override
-    def levels(self) -> tuple[Samples, Samples]:
-        return self.train, self.val
-
-    @override
     def train_dataloader(self) -> Iterations:
         assert self.trainer is not None
         device, rank, world = self.trainer.strategy.root_device, self.trainer.global_rank, self.trainer.world_size

@@ -9,7 +9,6 @@ from typing_extensions import override
 
 from bilevel_lightning.datamodules.images import ImageData
 from bilevel_lightning.datamodules.iterations import Whole
-from bilevel_lightning.datamodules.levels import Samples
 from bilevel_lightning.errors import BilevelError
 
 
@@ -123,10 +122,6 @@ class CleaningData(ImageData):
                 given[i] = (labels[i] + rng.randint(1, self.classes - 1)) % self.classes
             clean[i] = False
         return given, clean
-
-    @override
-    def levels(self) -> tuple[Samples, Samples]:
-        return self.train, self.val
 
     @override
     def val_dataloader(self) -> Whole:

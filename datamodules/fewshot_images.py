@@ -1,6 +1,5 @@
 """Episodes of images: classes and their images, drawn without replacement."""
 
-import os
 from abc import abstractmethod
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing_extensions import override
 
 from bilevel_lightning.datamodules.decoded import Images, Source, decode
 from bilevel_lightning.datamodules.episodes import SPLITS, Episode, Episodes, EpisodicDataModule, Split, needed
+from bilevel_lightning.datamodules.images import data_folder
 from bilevel_lightning.errors import BilevelError
 
 
@@ -83,7 +83,7 @@ class FewShotImages(EpisodicDataModule):
         super().__init__(**settings)
         if image_size < 1:
             raise BilevelError(f"data.image_size must be at least 1, got {image_size}.")
-        self.root = Path(root or os.environ.get("BILEVEL_DATA_DIR", "data")).expanduser()
+        self.root = data_folder(root)
         self.download, self.image_size = download, image_size
         self.image_shape = (self.channels, image_size, image_size)
 

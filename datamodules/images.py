@@ -22,6 +22,11 @@ class Source(NamedTuple):
     labels: Tensor
 
 
+def data_folder(root: str | None) -> Path:
+    """Returns the folder of the data: ``root``, or the environment variable ``BILEVEL_DATA_DIR``, or ``data``."""
+    return Path(root or os.environ.get("BILEVEL_DATA_DIR", "data")).expanduser()
+
+
 class ImageData(TwoLevelData):
     """Base of data modules on classified images, floats in [0, 1] of shape ``(samples, channels, height, width)``.
 
@@ -53,7 +58,7 @@ class ImageData(TwoLevelData):
         seed: int = 0,
     ) -> None:
         super().__init__(lower_batch_size, upper_batch_size, epoch_length, seed)
-        self.root = Path(root or os.environ.get("BILEVEL_DATA_DIR", "data")).expanduser()
+        self.root = data_folder(root)
         self.download = download
 
     @abstractmethod

@@ -1,6 +1,5 @@
 """Data of both levels in tensors, all at once or in minibatches."""
 
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ Samples = tuple[Tensor, ...]
 
 
 class TwoLevelData(LightningDataModule):
-    r"""Base of data modules whose levels are samples in memory; a subclass defines `levels`.
+    r"""Base of data modules whose levels are samples in memory: ``train`` and ``val``, or what `levels` returns.
 
     Training batches are ``{"lower": samples, "upper": samples}``. A level with a batch size comes as `Minibatches`: as
     many as the algorithm says it takes (`BilevelModule.minibatches`), drawn without replacement inside each, and
@@ -42,6 +41,9 @@ class TwoLevelData(LightningDataModule):
         BilevelError: if a size is impossible, or ``upper_iterations`` would take minibatches several times.
     """
 
+    train: Any
+    val: Any
+
     def __init__(
         self,
         lower_batch_size: int | None = None,
@@ -58,9 +60,9 @@ class TwoLevelData(LightningDataModule):
         self.lower_batch_size, self.upper_batch_size = lower_batch_size, upper_batch_size
         self.epoch_length, self.seed = epoch_length, seed
 
-    @abstractmethod
     def levels(self) -> tuple[Samples, Samples]:
         """Returns the samples of the lower and of the upper level; called after `setup`."""
+        return self.train, self.val
 
     def parts(self) -> dict[str, int]:
         """Returns in how many parts each level is partitioned for algorithms that remember them, by its name."""

@@ -11,7 +11,6 @@ from bilevel_lightning.datamodules.cifar10 import CIFAR10Files
 from bilevel_lightning.datamodules.digits import DigitsFiles
 from bilevel_lightning.datamodules.images import ImageData
 from bilevel_lightning.datamodules.iterations import Whole
-from bilevel_lightning.datamodules.levels import Samples
 from bilevel_lightning.datamodules.mnist import MNISTFiles
 from bilevel_lightning.errors import BilevelError
 
@@ -112,10 +111,6 @@ class PoisoningData(ImageData):
                 "or move data.val_share and data.poisoned_share towards one half."
             ) from error
         return first, rest
-
-    @override
-    def levels(self) -> tuple[Samples, Samples]:
-        return self.train, self.val
 
     @override
     def val_dataloader(self) -> Whole:

@@ -1,9 +1,7 @@
 """Data of linear models: generated, of scikit-learn's 20 newsgroups, of LIBSVM files; and bare sample numbers."""
 
-import os
 import warnings
 from abc import abstractmethod
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from typing_extensions import override
 
+from bilevel_lightning.datamodules.images import data_folder
 from bilevel_lightning.datamodules.iterations import Whole
 from bilevel_lightning.datamodules.levels import Samples, TwoLevelData
 from bilevel_lightning.errors import BilevelError, positive
@@ -125,8 +124,6 @@ class LinearData(TwoLevelData):
         train = parts[0]
         classes = None if self.regression else np.unique(train.labels)
         names = ("training", "validation", "test")
-        self.train: Any
-        self.val: Any
         self.train, self.val, self.test = (
             None
             if part is None
@@ -159,10 +156,6 @@ class LinearData(TwoLevelData):
         if sparse:
             return SparseRows(inputs.astype(np.float64 if kind == torch.float64 else np.float32)), targets
         return torch.from_numpy(np.ascontiguousarray(values)).to(kind), targets
-
-    @override
-    def levels(self) -> tuple[Samples, Samples]:
-        return self.train, self.val
 
     def _whole(self, data: Any) -> tuple[Any, Tensor]:
         inputs, labels = data
@@ -365,7 +358,7 @@ class Newsgroups(LinearData):
         self.save_hyperparameters()
         if not {*remove} <= {"headers", "footers", "quotes"}:
             raise BilevelError(f"data.remove must be of headers, footers and quotes, got {list(remove)}.")
-        self.root, self.download, self.remove = _root(root), download, tuple(remove)
+        self.root, self.download, self.remove = data_folder(root), download, tuple(remove)
 
     @override
     def prepare_data(self) -> None:
@@ -438,7 +431,7 @@ class LIBSVMData(LinearData):
     ) -> None:
         super().__init__(lower_batch_size, upper_batch_size, epoch_length, seed, regression)
         self.save_hyperparameters()
-        self.files, self.root = (train, val, test), _root(root)
+        self.files, self.root = (train, val, test), data_folder(root)
         self.val_share = _share("val_share", val_share)
         self.test_share = test_share if test_share == 0 else _share("test_share", test_share)
         self.standardize = standardize
@@ -532,10 +525,6 @@ class SampleIndices(TwoLevelData):
 
 def _is_sparse(inputs: Any) -> bool:
     return hasattr(inputs, "nnz") and inputs.nnz < DENSE * inputs.shape[0] * inputs.shape[1]
-
-
-def _root(root: str | None) -> Path:
-    return Path(root or os.environ.get("BILEVEL_DATA_DIR", "data")).expanduser()
 
 
 def _share(name: str, value: float) -> float:

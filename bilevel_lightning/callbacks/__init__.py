@@ -7,10 +7,9 @@ from bilevel_lightning.callbacks.equilibrium import UpperStationarity
 from bilevel_lightning.callbacks.few_shot import AdaptationCurve, EpisodeFigure, FewShotReport, RegressionFigure
 from bilevel_lightning.callbacks.numerical import PathFigure, SolutionError
 from bilevel_lightning.callbacks.poisoning import PoisonedImages, PoisoningReport
-from bilevel_lightning.callbacks.reweighting import ReweightingReport, WeightFigure
+from bilevel_lightning.callbacks.reweighting import ReweightingReport, SourceWeightCurve, WeightFigure
 from bilevel_lightning.callbacks.saving import SaveEvery
 from bilevel_lightning.callbacks.stopping import ResidualStopping
-from bilevel_lightning.callbacks.text import SourceWeightCurve
 
 __all__ = [
     "AdaptationCurve",

@@ -1,6 +1,5 @@
 """What a person sees of an architecture search: the weights of the operations, and the cells that they stand for."""
 
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -8,10 +7,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 from matplotlib.path import Path as Curve
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
 from typing_extensions import override
 
+from bilevel_lightning.callbacks.figures import Figures, run_folder
 from bilevel_lightning.models.cells import OPERATIONS, Genotype
 from bilevel_lightning.models.cells.genotype import INPUTS, Nodes
 
@@ -93,7 +92,7 @@ def draw_weights(module: Any, title: str) -> Figure:
     return figure
 
 
-class ArchitectureFigures(Callback):
+class ArchitectureFigures(Figures):
     """The weights of the operations as heat maps, and the cells that they stand for as graphs.
 
     Both go to TensorBoard after each validation, with the entropy of the weights, ``architecture/entropy_normal`` and
@@ -101,10 +100,11 @@ class ArchitectureFigures(Callback):
     made. At the end both are written into the run's folder, ``architecture.png`` and ``genotype.png``.
     """
 
+    @override
     @torch.no_grad()
-    def figures(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Figure]:
+    def figures(self, trainer: Trainer, pl_module: Any) -> dict[str, Figure]:
         """Draws both."""
-        weights: Any = pl_module.hooks.upper  # type: ignore[union-attr]
+        weights = pl_module.hooks.upper
         after = f"after {trainer.global_step} upper iterations"
         return {
             "architecture": draw_weights(weights, f"Weights of the operations {after}"),
@@ -114,24 +114,13 @@ class ArchitectureFigures(Callback):
     @override
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
         if trainer.sanity_checking:
             return
         entropy = pl_module.hooks.upper.entropy()  # type: ignore[union-attr, operator]
         logs = {f"architecture/entropy_{kind}": float(value) for kind, value in entropy.items()}
         for logger in trainer.loggers:
             logger.log_metrics(logs, step=trainer.global_step)
-        for writer in (logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)):
-            for name, figure in self.figures(trainer, pl_module).items():
-                writer.add_figure(name, figure, trainer.global_step)
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = trainer.log_dir  # all processes take part in agreeing on it
-        if folder is None or not trainer.is_global_zero:
-            return
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for name, figure in self.figures(trainer, pl_module).items():
-            figure.savefig(Path(folder) / f"{name}.png", dpi=120)
 
 
 class GenotypeReport(Callback):
@@ -139,14 +128,11 @@ class GenotypeReport(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = trainer.log_dir  # all processes take part in agreeing on it
-        if not trainer.is_global_zero:
-            return
+        folder = run_folder(trainer)
         genotype: Genotype = pl_module.hooks.upper.genotype()  # type: ignore[union-attr, operator]
         rank_zero_info(f"Genotype: {genotype}")
         if folder is not None:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            genotype.save(Path(folder) / "genotype.json")
+            genotype.save(folder / "genotype.json")
             rank_zero_info(
                 f"To retrain it: --model.genotype {folder}/genotype.json with the config nas/cifar10_retrain or "
                 "nas/digits_retrain."

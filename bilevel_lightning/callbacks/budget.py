@@ -14,7 +14,8 @@ class SampleBudget(Callback):
     """Ends training after the upper iteration in which the oracles have touched that many samples, over all processes.
 
     A lower gradient, a Hessian product, a cross product and an upper gradient each touch the samples of their minibatch
-    (``oracle/samples``). Set ``trainer.max_steps`` to -1, or high enough.
+    (``oracle/samples``); `Bilevel.prepare` does not count, such as the losses that `LossWeights` read. Set
+    ``trainer.max_steps`` to -1, or high enough.
 
     Args:
         samples: the budget, such as 2e6 in the poisoning experiments of Grazzi, Pontil and Salzo ("Bilevel

@@ -1,6 +1,5 @@
 """What a person sees of hyper-cleaning: the weights, the suspicious images, and what the weights are worth."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,19 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from typing_extensions import override
 
+from bilevel_lightning.callbacks.figures import Figures, data_with
 from bilevel_lightning.callbacks.pictures import Picture, draw
 from bilevel_lightning.callbacks.retraining import Retraining
 from bilevel_lightning.errors import positive
-
-
-def _writers(trainer: Trainer) -> list[Any]:
-    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-
-
-def _data(trainer: Trainer) -> Any:
-    """The data module, if it knows which labels are right, as `CleaningData` does; else None: nothing can be shown."""
-    data = getattr(trainer, "datamodule", None)
-    return data if hasattr(data, "clean") else None
 
 
 class WeightHistogram(Callback):
@@ -37,17 +27,18 @@ class WeightHistogram(Callback):
     @rank_zero_only
     @torch.no_grad()
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data = _data(trainer)
+        data = data_with(trainer, "clean")
         if data is None:
             return
         weights = pl_module.hooks.upper(None, data.train[2].to(pl_module.device)).cpu()  # type: ignore[union-attr, operator]
         for name, chosen in (("clean", data.clean), ("corrupted", ~data.clean)):
             if chosen.any():
-                for writer in _writers(trainer):
-                    writer.add_histogram(f"weights/{name}", weights[chosen], trainer.global_step)
+                for logger in trainer.loggers:
+                    if isinstance(logger, TensorBoardLogger):
+                        logger.experiment.add_histogram(f"weights/{name}", weights[chosen], trainer.global_step)
 
 
-class SuspiciousImages(Callback):
+class SuspiciousImages(Figures):
     """The training images with the smallest weights and their given labels: in TensorBoard and, at the end, as a PNG.
 
     Args:
@@ -57,12 +48,15 @@ class SuspiciousImages(Callback):
     def __init__(self, images: int = 32) -> None:
         self.images = int(positive("SuspiciousImages.images", images))
 
+    @override
     @torch.no_grad()
-    def figure(self, trainer: Trainer, pl_module: LightningModule) -> Figure:
+    def figures(self, trainer: Trainer, pl_module: Any) -> dict[str, Figure]:
         """Draws the images in the order of their weights; a cross and red mark a label that was in fact replaced."""
-        data = _data(trainer)
+        data = data_with(trainer, "clean")
+        if data is None:
+            return {}
         images, labels, index = data.train
-        weights = pl_module.hooks.upper(None, index.to(pl_module.device)).cpu()  # type: ignore[union-attr, operator]
+        weights = pl_module.hooks.upper(None, index.to(pl_module.device)).cpu()
         order = weights.argsort()[: self.images]
         step = trainer.global_step
         title = f"Smallest weights after {step} upper iterations: label given, weight (✗: the label is wrong)"
@@ -72,20 +66,7 @@ class SuspiciousImages(Callback):
             return Picture(images[i], f"{int(labels[i])}, {weights[i]:.3f}{mark}", color)
 
         rows = [[picture(i) for i in row] for row in order.split(8)]
-        return draw(rows, title, cmap="gray", size=(1.08, 1.35))
-
-    @override
-    @rank_zero_only
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        for writer in _writers(trainer) if _data(trainer) is not None else []:
-            writer.add_figure("suspicious_images", self.figure(trainer, pl_module), trainer.global_step)
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = trainer.log_dir  # all processes take part in agreeing on it
-        if folder is not None and trainer.is_global_zero and _data(trainer) is not None:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            self.figure(trainer, pl_module).savefig(Path(folder) / "suspicious_images.png", dpi=120)
+        return {"suspicious_images": draw(rows, title, cmap="gray", size=(1.08, 1.35))}
 
 
 class CleaningReport(Retraining):
@@ -119,7 +100,7 @@ class CleaningReport(Retraining):
     @override
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data = _data(trainer)
+        data = data_with(trainer, "clean")
         if data is None:
             return
         task: Any = pl_module.hooks
@@ -156,20 +137,14 @@ class CleaningReport(Retraining):
 
     def show(self, trainer: Trainer, rows: dict[str, float], found: dict[str, float]) -> None:
         """Prints and logs the report."""
-        table = Table(
-            title="What the weights are worth", caption=f"from scratch, {self.steps} steps (not the first line)"
-        )
-        table.add_column("training data")
-        table.add_column("test accuracy %", justify="right")
-        for name, value in rows.items():
-            table.add_row(name, f"{100 * value:.2f}")
-        console = Console()
-        console.print(table)
+        shown = {name: [f"{100 * value:.2f}"] for name, value in rows.items()}
+        caption = f"from scratch, {self.steps} steps (not the first line)"
+        self.print_table("What the weights are worth", caption, ("training data", "test accuracy %"), shown)
         if found:
             cleaning = Table(title="Which labels are right, by the weights")
             for name in found:
                 cleaning.add_column(name.replace("_", " "), justify="right")
             cleaning.add_row(*(f"{value:.3f}" for value in found.values()))
-            console.print(cleaning)
+            Console().print(cleaning)
         keys = {name.split(" (")[0].replace(" ", "_"): value for name, value in rows.items()}
         self.report(trainer, {**keys, **found})

@@ -1,14 +1,12 @@
 """What a person sees of few-shot learning: episodes with predictions, accuracy step by step, and the final numbers."""
 
-from abc import ABC, abstractmethod
-from pathlib import Path
+from abc import abstractmethod
 from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from matplotlib.figure import Figure
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
@@ -16,13 +14,14 @@ from torch import Tensor
 from typing_extensions import override
 
 from bilevel_lightning.binding import split
+from bilevel_lightning.callbacks.figures import Figures, show
 from bilevel_lightning.callbacks.pictures import Picture, draw
 from bilevel_lightning.errors import positive
 
 RED, BLUE, GREY = "#c1272d", "#0072b2", "#777777"
 
 
-class _Figures(Callback, ABC):
+class _EpisodeFigures(Figures):
     """Draws from the first validation batch after each validation; the last figure is also written as a PNG."""
 
     name: str
@@ -36,33 +35,29 @@ class _Figures(Callback, ABC):
 
     @override
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
         if batch_idx == 0:
             self.batch = batch
 
     @override
+    def figures(self, trainer: Trainer, pl_module: Any) -> dict[str, Figure]:
+        if self.batch is None:
+            return {}
+        with pl_module.aside(), torch.inference_mode(False), torch.enable_grad():
+            return {self.name: self.figure(pl_module, apply_to_collection(self.batch, Tensor, torch.clone))}
+
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = trainer.log_dir  # all processes agree on it
-        if not trainer.is_global_zero or self.batch is None or trainer.sanity_checking or not trainer.loggers:
-            return
-        with pl_module.aside(), torch.inference_mode(False), torch.enable_grad():  # type: ignore[operator]
-            figure = self.figure(pl_module, apply_to_collection(self.batch, Tensor, torch.clone))
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure(self.name, figure, trainer.global_step)
-        if folder is not None:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            figure.savefig(Path(folder) / f"{self.name}.png", dpi=120)
+        if not trainer.sanity_checking:
+            show(trainer, lambda: self.figures(trainer, pl_module))
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing: the last validation has written them."""
 
 
-class AdaptationCurve(_Figures):
+class AdaptationCurve(_EpisodeFigures):
     """The task's measure on queries after each lower step, over the episodes of the first validation batch."""
 
     name = "adaptation"
@@ -87,7 +82,7 @@ class AdaptationCurve(_Figures):
         return figure
 
 
-class EpisodeFigure(_Figures):
+class EpisodeFigure(_EpisodeFigures):
     """An episode: support images with their labels, and queries with predictions; wrong ones in red with a cross.
 
     Args:
@@ -126,7 +121,7 @@ class EpisodeFigure(_Figures):
         return draw(rows, title, cmap="gray_r", size=(1.15, 1.25))
 
 
-class RegressionFigure(_Figures):
+class RegressionFigure(_EpisodeFigures):
     """An episode of regression on one input: the points, the function, and the network before and after adapting."""
 
     name = "episode"

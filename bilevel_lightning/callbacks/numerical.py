@@ -11,12 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from typing_extensions import override
 
+from bilevel_lightning.callbacks.figures import due, run_folder, show
 from bilevel_lightning.errors import BilevelError, positive
 
 if TYPE_CHECKING:
@@ -37,17 +37,11 @@ def _point(pl_module: LightningModule) -> tuple[Tensor, Tensor]:
     return task.upper["x"].detach().cpu().clone(), task.lower["y"].detach().cpu().clone()
 
 
-def _due(trainer: Trainer) -> bool:
-    """Whether the batch that ends is a logged one."""
-    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-    return bool(every) and trainer.fit_loop.epoch_loop.batch_progress.total.ready % every == 0
-
-
 class SolutionError(Callback):
     """How far x and y are from the known solution: at every logged step, and at the end of the run for each start.
 
     The metrics of the task (`NumericalTask`) go to the loggers as ``train/...``, evaluated at the x and the y that the
-    iteration ends with. At the end a table is printed, and ``ends.csv`` in `trainer.log_dir` holds the start, the end,
+    iteration ends with. At the end a table is printed, and ``ends.csv`` in the run's folder holds the start, the end,
     the errors and f(x, y) of every start. A table of more than ``rows`` starts sums them up by nearest solution.
 
     Args:
@@ -86,19 +80,18 @@ class SolutionError(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if _due(trainer):
+        if due(trainer):
             for name, value in _task(pl_module).metrics(batch).items():
                 pl_module.log(f"train/{name}", value.float(), prog_bar=name == "error_x", batch_size=1)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.seconds, self.began = self.elapsed(), None
-        folder = trainer.log_dir  # all processes take part in agreeing on it
-        if not trainer.is_global_zero:
-            return
-        Console().print(self.table(pl_module, trainer.global_step))
+        folder = run_folder(trainer)
+        if trainer.is_global_zero:
+            Console().print(self.table(pl_module, trainer.global_step))
         if folder is not None:
-            self.write(pl_module, Path(folder))
+            self.write(pl_module, folder)
 
     @torch.no_grad()
     def table(self, pl_module: LightningModule, iterations: int) -> Table:
@@ -142,7 +135,6 @@ class SolutionError(Callback):
             for name, p in zip(("start_x", "start_y", "x", "y"), columns, strict=True)
             for i in range(p.shape[1])
         ]
-        folder.mkdir(parents=True, exist_ok=True)
         with (folder / "ends.csv").open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow([*names, *values])
@@ -159,7 +151,7 @@ def _words(point: Tensor) -> str:
 class PathFigure(Callback):
     """A picture for tasks with one x and one y: the hyper-objective with all ends, and the paths over contours of f.
 
-    It is drawn at the end of the run, in TensorBoard and as ``paths.png`` in `trainer.log_dir`. Positions are recorded
+    It is drawn at the end of the run, in TensorBoard and as ``paths.png`` in the run's folder. Positions are recorded
     at logged steps.
 
     Args:
@@ -202,25 +194,14 @@ class PathFigure(Callback):
             self.record(pl_module)
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if _due(trainer):
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if due(trainer):
             self.record(pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = trainer.log_dir  # all processes take part in agreeing on it
-        if not trainer.is_global_zero:
-            return
         self.record(pl_module)
-        figure = self.figure(pl_module)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure("paths", figure, trainer.global_step, close=False)
-        if folder is not None:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            figure.savefig(Path(folder) / "paths.png", dpi=120)
+        show(trainer, lambda: {"paths": self.figure(pl_module)})
 
     @torch.no_grad()
     def figure(self, pl_module: LightningModule) -> Figure:

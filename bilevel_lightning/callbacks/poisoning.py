@@ -1,20 +1,17 @@
 """What a person sees of poisoning: the images before and after, and what training on them costs."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.cli import OptimizerCallable
-from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.utilities import rank_zero_only
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 from typing_extensions import override
 
+from bilevel_lightning.callbacks.figures import Figures, data_with
 from bilevel_lightning.callbacks.retraining import Retraining
 from bilevel_lightning.errors import positive
 
@@ -22,13 +19,7 @@ Labelled = tuple[Tensor, Tensor]
 CHUNK = 1000  # images at once where only accuracies are computed
 
 
-def _data(trainer: Trainer) -> Any:
-    """The data module, if it knows which images are poisoned, as `PoisoningData` does; else None."""
-    data = getattr(trainer, "datamodule", None)
-    return data if hasattr(data, "poisoned") else None
-
-
-class PoisonedImages(Callback):
+class PoisonedImages(Figures):
     """Images that are perturbed most, clean, the difference, poisoned: in TensorBoard and, at the end, as a PNG.
 
     Of each class the largest perturbation, then of each the second, and so on. The difference is on a scale of its own,
@@ -48,11 +39,14 @@ class PoisonedImages(Callback):
         rank = (of_class.cumsum(0) * of_class).sum(1)  # 1 for the largest of its class
         return order[rank.argsort(stable=True)[: self.images]]
 
+    @override
     @torch.no_grad()
-    def figure(self, trainer: Trainer, pl_module: LightningModule) -> Figure:
+    def figures(self, trainer: Trainer, pl_module: Any) -> dict[str, Figure]:
         """Draws three rows of images."""
-        task: Any = pl_module.hooks
-        images, labels, _ = _data(trainer).poisoned
+        task, data = pl_module.hooks, data_with(trainer, "poisoned")
+        if data is None:
+            return {}
+        images, labels, _ = data.poisoned
         norms = task.upper.norms().float().cpu()
         order = self.chosen(norms, labels)
         clean, delta = images[order], task.upper.delta.detach()[order.to(task.upper.delta.device)].float().cpu()
@@ -74,21 +68,7 @@ class PoisonedImages(Callback):
             axes[row][0].set_ylabel(name, size=9)
         for axis, i in zip(axes[0], order, strict=True):
             axis.set_title(f"{int(labels[i])}, {norms[i]:.2f}", size=9)
-        return figure
-
-    @override
-    @rank_zero_only
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        writers = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        for writer in writers if _data(trainer) is not None else []:
-            writer.add_figure("poisoned_images", self.figure(trainer, pl_module), trainer.global_step)
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = trainer.log_dir  # all processes take part in agreeing on it
-        if folder is not None and trainer.is_global_zero and _data(trainer) is not None:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            self.figure(trainer, pl_module).savefig(Path(folder) / "poisoned_images.png", dpi=120)
+        return {"poisoned_images": figure}
 
 
 class PoisoningReport(Retraining):
@@ -125,7 +105,7 @@ class PoisoningReport(Retraining):
     @override
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data = _data(trainer)
+        data = data_with(trainer, "poisoned")
         if data is None:
             return
         task: Any = pl_module.hooks
@@ -168,19 +148,14 @@ class PoisoningReport(Retraining):
 
     def show(self, trainer: Trainer, rows: dict[str, list[float]], norms: dict[str, float]) -> None:
         """Prints and logs the report."""
-        table = Table(
-            title="What training on the poisoned images costs",
-            caption=f"accuracies in %; from scratch, {self.steps} steps (not the first line)",
-        )
-        table.add_column("training data")
-        for name in ("mean norm", "train", "validation", "test"):
-            table.add_column(name, justify="right")
+        shown = {n: [f"{norms[n]:.3f}", *(f"{100 * value:.2f}" for value in found)] for n, found in rows.items()}
+        caption = f"accuracies in %; from scratch, {self.steps} steps (not the first line)"
+        columns = ("training data", "mean norm", "train", "validation", "test")
+        self.print_table("What training on the poisoned images costs", caption, columns, shown)
         logs = {}
         for name, found in rows.items():
-            table.add_row(name, f"{norms[name]:.3f}", *(f"{100 * value:.2f}" for value in found))
             key = name.replace(" ", "_")
             logs[f"{key}/norm"] = norms[name]
             parts = zip(("train_accuracy", "val_accuracy", "test_accuracy"), found, strict=True)
             logs.update({f"{key}/{part}": value for part, value in parts})
-        Console().print(table)
         self.report(trainer, logs)

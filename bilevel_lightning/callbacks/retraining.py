@@ -1,6 +1,6 @@
 """What reports have in common that train a task's model from scratch at the end of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.cli import OptimizerCallable
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -34,6 +36,16 @@ class FromScratch(Callback):
     def fresh(self, like: Tensor) -> nn.Module:
         """Returns a copy of that model to train, on the device and in the precision of ``like``."""
         return deepcopy(self.scratch).to(like).train()  # type: ignore[union-attr]
+
+    @staticmethod
+    def print_table(title: str, caption: str, columns: Sequence[str], rows: Mapping[str, Iterable[str]]) -> None:
+        """Prints a table; the first column holds the names of the rows."""
+        table = Table(title=title, caption=caption)
+        for i, name in enumerate(columns):
+            table.add_column(name, justify="right" if i else "left")
+        for name, cells in rows.items():
+            table.add_row(name, *cells)
+        Console().print(table)
 
     @staticmethod
     def report(trainer: Trainer, values: dict[str, float]) -> None:

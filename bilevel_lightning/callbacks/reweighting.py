@@ -1,21 +1,18 @@
 """What a person sees of reweighting: the learnt weights drawn, and what they are worth beside equal weights."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from pytorch_lightning import Callback, LightningModule, Trainer
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_only
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from typing_extensions import override
 
 from bilevel_lightning import tree
 from bilevel_lightning.binding import bind, running_norms
+from bilevel_lightning.callbacks.figures import Figures, due
 from bilevel_lightning.callbacks.retraining import FromScratch
 from bilevel_lightning.datamodules.iterations import Iterations, Whole
 from bilevel_lightning.datamodules.levels import TwoLevelData
@@ -27,16 +24,14 @@ SHOWN = 1000  # training samples whose losses are drawn
 COLOURS = {"clean": "#2c7fb8", "corrupted": "#c1272d", "all": "#2c7fb8"}
 
 
-class WeightFigure(Callback):
-    """The learnt weights: in TensorBoard after each validation and, at the end, as ``weights.png``.
+class SourceWeightCurve(Figures):
+    """The weight of each source over the upper iterations, where the weights are `SourceWeights`.
 
-    For `LossWeights` the weight as a function of the loss, over a histogram of the losses of the first 1000 training
-    samples; for `SourceWeights` the weight of each source over the upper iterations; for others a histogram of the
-    weights of those samples. Where the data module says which samples are `clean`, histograms show both kinds. Beside
-    it, the mean weight of each source's samples.
+    As scalars ``train/source_weight/<name>`` with everything else that is logged; as a figure in TensorBoard after each
+    validation, and as ``source_weights.png`` at the end. The names are the data module's ``names``, else numbers.
 
     Attributes:
-        path: upper iterations and the weights of the sources there: at the beginning, at each validation, at the end.
+        path: upper iterations and the weights there, at the beginning and wherever scalars are logged.
     """
 
     def __init__(self) -> None:
@@ -48,13 +43,52 @@ class WeightFigure(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.path = [*state_dict["path"]]
+        self.path = [(step, [*weights]) for step, weights in state_dict["path"]]
 
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if (weights := _source_weights(pl_module)) is not None and not self.path:
+            self.path.append((trainer.global_step, weights.tolist()))
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        weights = _source_weights(pl_module)
+        if weights is None or not due(trainer):
+            return
+        for name, weight in zip(_names(trainer, len(weights)), weights, strict=True):
+            pl_module.log(f"train/source_weight/{name}", weight, batch_size=1)
+        self.path.append((trainer.global_step, weights.tolist()))
+
+    @override
+    def figures(self, trainer: Trainer, pl_module: Any) -> dict[str, Figure]:
+        """Draws the path."""
+        if not self.path:
+            return {}
+        figure = Figure(figsize=(5.0, 3.2), layout="constrained")
+        axes: Any = figure.subplots()
+        steps, values = zip(*self.path, strict=True)
+        for name, line in zip(_names(trainer, len(values[0])), zip(*values, strict=True), strict=True):
+            axes.plot(steps, line, marker=".", label=name)
+        axes.set(xlabel="upper iteration", ylabel="weight of the source", ylim=(0, None))
+        axes.legend(fontsize=8, ncols=2)
+        return {"source_weights": figure}
+
+
+class WeightFigure(Figures):
+    """The weights of samples: in TensorBoard after each validation and, at the end, as ``weights.png``.
+
+    For `LossWeights` the weight as a function of the loss, over a histogram of the losses of the first 1000 training
+    samples; for others a histogram of the weights of those samples. Where the data module says which samples are
+    `clean`, histograms show both kinds. Beside it, the mean weight of each source's samples.
+    """
+
+    @override
     @torch.no_grad()
-    def figure(self, trainer: Trainer, pl_module: LightningModule) -> Figure:
+    def figures(self, trainer: Trainer, pl_module: Any) -> dict[str, Figure]:
         """Draws the weights as they are."""
-        task: Any = pl_module.hooks
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        task, data = pl_module.hooks, getattr(trainer, "datamodule", None)
+        if not isinstance(data, TwoLevelData):
+            return {}
         part = _converted(trainer, tuple(t[:SHOWN] for t in data.levels()[0]))
         training = task.training
         task.eval()
@@ -71,24 +105,14 @@ class WeightFigure(Callback):
         axes: Any = figure.subplots(1, 2)
         if isinstance(task.upper, LossWeights):
             self._function(axes[0], task.upper, losses, kinds)
-        elif isinstance(task.upper, SourceWeights):
-            steps, values = zip(*self.path, strict=True)
-            for s, line in enumerate(zip(*values, strict=True)):
-                axes[0].plot(steps, line, marker=".", label=f"source {s}")
-            axes[0].set(xlabel="upper iteration", ylabel="weight", ylim=(0, None))
-            axes[0].legend(fontsize=7, ncols=2)
         else:
             _histogram(axes[0], weights, kinds, (0.0, 1.0))
             axes[0].set(xlabel="weight", ylabel="training samples")
         sources = source.unique().tolist()
-        means = [float(weights[source == s].mean()) for s in sources]
-        if isinstance(task.upper, SourceWeights):
-            means = task.upper.logits.softmax(0).tolist()
-            sources = [*range(len(means))]  # those samples may lack a rare one
-        axes[1].bar(sources, means, color=COLOURS["all"])
+        axes[1].bar(sources, [float(weights[source == s].mean()) for s in sources], color=COLOURS["all"])
         axes[1].set(xlabel="source (class)", ylabel="mean weight")
         axes[1].xaxis.get_major_locator().set_params(integer=True)
-        return figure
+        return {"weights": figure}
 
     def _function(self, axes: Any, weights: LossWeights, losses: Tensor, kinds: dict[str, Tensor]) -> None:
         top = float(losses.max())
@@ -99,35 +123,6 @@ class WeightFigure(Callback):
         axes.plot(grid.float().cpu(), weights(grid).float().cpu(), color="black")
         axes.set(xlabel="loss", ylabel="weight", ylim=(0, None), zorder=1)
         axes.patch.set_visible(False)
-
-    def _note(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        task: Any = pl_module.hooks
-        step = trainer.global_step
-        if isinstance(task.upper, SourceWeights) and (not self.path or self.path[-1][0] != step):
-            self.path.append((step, task.upper.logits.detach().softmax(0).tolist()))
-
-    @override
-    @rank_zero_only
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._note(trainer, pl_module)
-
-    @override
-    @rank_zero_only
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not _shown(trainer) or trainer.sanity_checking:
-            return
-        self._note(trainer, pl_module)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_figure("weights", self.figure(trainer, pl_module), trainer.global_step)
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = trainer.log_dir  # all processes take part in agreeing on it
-        if folder is not None and trainer.is_global_zero and _shown(trainer):
-            self._note(trainer, pl_module)
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            self.figure(trainer, pl_module).savefig(Path(folder) / "weights.png", dpi=120)
 
 
 class ReweightingReport(FromScratch):
@@ -157,9 +152,11 @@ class ReweightingReport(FromScratch):
     @override
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        stream: Any = trainer.train_dataloader
-        if not _shown(trainer) or not isinstance(stream, Iterations) or not isinstance(data.test_dataloader(), Whole):
+        data, stream = getattr(trainer, "datamodule", None), trainer.train_dataloader
+        if not isinstance(data, TwoLevelData) or not isinstance(stream, Iterations):
+            return
+        test = data.test_dataloader()
+        if not isinstance(test, Whole):
             return
         module: Any = pl_module
         lower, upper = (len(samples[0]) for samples in data.levels())
@@ -176,7 +173,7 @@ class ReweightingReport(FromScratch):
                         module.lower_steps,
                         share,
                     )
-        batch = _converted(trainer, data.test_dataloader().batch)
+        batch = _converted(trainer, test.batch)
         for name, task in tasks.items():
             training = task.training
             task.eval()
@@ -189,13 +186,9 @@ class ReweightingReport(FromScratch):
     def show(self, trainer: Trainer) -> None:
         """Prints and logs the report."""
         columns: list[str] = [key for key in ("accuracy", "balanced_accuracy") if key in self.rows["reweighted (y)"]]
-        table = Table(title="What the weights are worth", caption="test set; same network, steps and minibatches")
-        table.add_column("training")
-        for key in columns:
-            table.add_column(f"{key.replace('_', ' ')} %", justify="right")
-        for name, values in self.rows.items():
-            table.add_row(name, *(f"{100 * values[key]:.2f}" for key in columns))
-        Console().print(table)
+        names = ["training", *(f"{key.replace('_', ' ')} %" for key in columns)]
+        shown = {name: [f"{100 * values[key]:.2f}" for key in columns] for name, values in self.rows.items()}
+        self.print_table("What the weights are worth", "test set; same network, steps and minibatches", names, shown)
         for name, values in self.rows.items():
             key = name.replace(" (y)", "").replace(",", "").replace(" ", "_")
             self.report(trainer, {f"{key}/{k}": v for k, v in values.items()})
@@ -246,8 +239,16 @@ def trained_equally(
     return control
 
 
-def _shown(trainer: Trainer) -> bool:
-    return isinstance(getattr(trainer, "datamodule", None), TwoLevelData)
+def _source_weights(module: Any) -> Tensor | None:
+    """Returns the weights of the sources, or None where x is something else."""
+    upper = module.hooks.upper
+    return upper.logits.detach().softmax(0) if isinstance(upper, SourceWeights) else None
+
+
+def _names(trainer: Trainer, number: int) -> list[str]:
+    """Returns the names of the sources."""
+    data = getattr(trainer, "datamodule", None)
+    return getattr(data, "names", None) or [str(s) for s in range(number)]
 
 
 def _converted(trainer: Trainer, batch: Any) -> Any:

@@ -9,7 +9,8 @@ from torch.nn.functional import cross_entropy
 from torchmetrics.functional.classification import binary_auroc, multiclass_accuracy
 from typing_extensions import override
 
-from bilevel_lightning.callbacks.reweighting import ReweightingReport, WeightFigure
+from bilevel_lightning.callbacks.reweighting import ReweightingReport, SourceWeightCurve, WeightFigure
+from bilevel_lightning.checks import output_shape
 from bilevel_lightning.datamodules.levels import TwoLevelData
 from bilevel_lightning.errors import BilevelError
 from bilevel_lightning.models.weights import LossWeights, SampleWeights, SourceWeights
@@ -30,10 +31,11 @@ class Reweighting(BilevelTask):
     A lower batch is ``(inputs, targets, index, source)``, an upper batch ``(inputs, targets)``.
 
     `LossWeights` get l_i at the y at which the upper iteration begins, fixed during it (`prepare`, one more evaluation
-    of the network): g is then a function of (x, y), so that its derivatives commute, and one step of gradient descent,
-    differentiated (`TRHG` with K = T = 1, `DARTS`), is Meta-Weight-Net's look-ahead. Of its published codes the one for
-    imbalance normalises in the look-ahead too, and has the derivative of a weight with respect to its loss in y's
-    gradient, which is not the paper's. Both step y again at the new weights; here the looked-ahead y is the next one.
+    of the network, not counted as an oracle): g is then a function of (x, y), so that its derivatives commute, and one
+    step of gradient descent, differentiated (`TRHG` with K = T = 1, `DARTS`), is Meta-Weight-Net's look-ahead. Of its
+    published codes the one for imbalance normalises in the look-ahead too, and has the derivative of a weight with
+    respect to its loss in y's gradient, which is not the paper's. Both step y again at the new weights; here the
+    looked-ahead y is the next one.
 
     Metrics, over all data of the stage: ``accuracy``; where targets are one class a sample, ``balanced_accuracy``, the
     mean over the classes, and ``class_accuracy_0``, ...; with `SourceWeights`, ``source_weight_0``, ...; where a batch
@@ -155,31 +157,24 @@ class Reweighting(BilevelTask):
                 f"{type(datamodule).__name__} have {len(lower)} parts: use one of the ...Reweighting data modules."
             )
         inputs, targets, index, source = lower
-        if isinstance(self.upper, SampleWeights) and len(self.upper.logits) != len(index):
-            raise BilevelError(
-                f"SampleWeights has {len(self.upper.logits)} weights but the data {len(index)} training samples: set "
-                "task.weights.samples to that number."
-            )
-        if isinstance(self.upper, SourceWeights) and len(self.upper.logits) <= int(source.max()):
-            raise BilevelError(
-                f"SourceWeights has {len(self.upper.logits)} weights but the data {int(source.max()) + 1} sources: set "
-                "task.weights.sources to that number."
-            )
-        like = next(self.lower.parameters())
-        try:
-            with torch.no_grad():
-                first = inputs[:1].to(like) if inputs.is_floating_point() else inputs[:1].to(like.device)
-                shape = tuple(self.lower(first).shape)
-        except (RuntimeError, IndexError) as error:
-            raise BilevelError(
-                f"task.model does not accept inputs of shape {tuple(inputs.shape[1:])} ({error})."
-            ) from error
+        self._fits(SampleWeights, "samples", len(index), "training samples")
+        self._fits(SourceWeights, "sources", int(source.max()) + 1, "sources")
+        shape = output_shape(self.lower, inputs)
         if shape[:-1] != tuple(targets[:1].shape) or shape[-1] <= int(targets.max()):
             raise BilevelError(
                 f"task.model returns shape {shape} for one sample, whose targets have shape {tuple(targets[:1].shape)} "
                 f"and go up to {int(targets.max())}: it must have the classes, all of them, in its last dimension."
             )
 
+    def _fits(self, kind: type[SourceWeights] | type[SampleWeights], setting: str, number: int, what: str) -> None:
+        """Compares the number of weights of that kind with what the data have."""
+        if isinstance(self.upper, kind) and len(self.upper.logits) != number:
+            raise BilevelError(
+                f"{kind.__name__} has {len(self.upper.logits)} weights but the data {number} {what}: set "
+                f"task.weights.{setting} to that number."
+            )
+
     @override
     def callbacks(self) -> list[Callback]:
-        return [WeightFigure(), ReweightingReport()]
+        weights = SourceWeightCurve() if isinstance(self.upper, SourceWeights) else WeightFigure()
+        return [weights, ReweightingReport()]

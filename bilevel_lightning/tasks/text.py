@@ -8,7 +8,7 @@ from pytorch_lightning import Callback, LightningDataModule
 from torch import Tensor, nn
 from typing_extensions import override
 
-from bilevel_lightning.callbacks.text import SourceWeightCurve
+from bilevel_lightning.callbacks.reweighting import SourceWeightCurve
 from bilevel_lightning.datamodules.text import TextSources
 from bilevel_lightning.errors import BilevelError
 from bilevel_lightning.models.weights import SampleWeights, SourceWeights
@@ -95,14 +95,6 @@ class TextReweighting(Reweighting):
             raise BilevelError(
                 f"task.model returns shape {shape} for one window of {inputs.shape[1]} bytes, where the last dimension "
                 "must hold a logit for each of 256 bytes: raise tokens (vocab_size) to 256 or more."
-            )
-
-    def _fits(self, kind: type[SourceWeights] | type[SampleWeights], setting: str, number: int, what: str) -> None:
-        """Compares the number of weights of that kind with what the data have."""
-        if isinstance(self.upper, kind) and len(self.upper.logits) != number:
-            raise BilevelError(
-                f"{kind.__name__} has {len(self.upper.logits)} weights but the data {number} {what}: set "
-                f"task.weights.{setting} to that number."
             )
 
     @override

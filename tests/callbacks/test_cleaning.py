@@ -77,7 +77,7 @@ def test_histograms_and_pictures_of_the_event_file(run):
 def test_suspicious_images_are_those_of_the_smallest_weights(run):
     """Eight in a row, the last row shorter, each at its place with its label, weight and mark."""
     _, module, loop, _ = run
-    (axes,) = SuspiciousImages(images=19).figure(loop, module).axes
+    (axes,) = SuspiciousImages(images=19).figures(loop, module)["suspicious_images"].axes
     assert len(axes.images) == 19
     images, labels, index = loop.datamodule.train
     weights = module.task.upper(None, index).detach()

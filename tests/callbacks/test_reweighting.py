@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn.functional import cross_entropy
 
 from bilevel_lightning import TRHG, GradientDescent, Momentum
-from bilevel_lightning.callbacks import ReweightingReport, WeightFigure
+from bilevel_lightning.callbacks import ReweightingReport, SourceWeightCurve, WeightFigure
 from bilevel_lightning.callbacks.reweighting import trained_equally
 from bilevel_lightning.datamodules import DigitsReweighting
 from bilevel_lightning.datamodules.iterations import Whole
@@ -51,9 +51,12 @@ def test_pictures_and_scalars(run):
     kind, folder, _, _ = run
     found = EventAccumulator(str(folder), size_guidance={"images": 0, "scalars": 0})
     found.Reload()
-    assert len(found.Images("weights")) == 3
-    with Image.open(folder / "weights.png") as picture:
-        assert picture.width > 800
+    name, width = ("source_weights", 600) if kind == "source" else ("weights", 1080)
+    assert found.Tags()["images"] == [name]
+    assert len(found.Images(name)) == 3
+    assert [file.name for file in folder.glob("*.png")] == [f"{name}.png"]
+    with Image.open(folder / f"{name}.png") as picture:
+        assert picture.width == width
     names = ["accuracy", "balanced_accuracy", "class_accuracy_0", "class_accuracy_9"]
     names += [f"source_weight_{s}" for s in range(10)] if kind == "source" else ["auroc", "weight_clean"]
     for name in names:
@@ -62,15 +65,13 @@ def test_pictures_and_scalars(run):
 
 def test_what_the_figure_draws(run):
     kind, _, module, loop = run
-    callback = own(loop, WeightFigure)
-    axes = callback.figure(loop, module).axes
+    axes = WeightFigure().figures(loop, module)["weights"].axes
     part = tuple(t[:1000] for t in loop.datamodule.train)
     weights = module.task.eval().weigh(part).detach()
     bars = {round(bar.get_x() + bar.get_width() / 2): bar.get_height() for bar in axes[1].patches}
     assert list(bars) == list(range(10))
     for c, height in bars.items():
         assert height == pytest.approx(float(weights[part[3] == c].mean()), rel=1e-5)
-        assert kind != "source" or height == pytest.approx(float(module.task.upper.logits.detach().softmax(0)[c]))
     if kind == "loss":
         (line,) = axes[0].lines
         losses = module.task.losses(*part[:2]).detach()
@@ -79,18 +80,26 @@ def test_what_the_figure_draws(run):
         assert torch.allclose(torch.tensor(line.get_ydata()), module.task.upper(middle).detach())
         counts = [bar.get_height() for bar in axes[2].patches]
         assert [sum(counts[:40]), sum(counts[40:])] == [600, 400]  # clean and corrupted
-    elif kind == "sample":
-        counts = [bar.get_height() for bar in axes[0].patches]
-        assert [sum(counts[:40]), sum(counts[40:])] == [600, 400]
     else:
-        assert len(axes[0].lines) == 10
-        last = torch.stack([torch.tensor(line.get_ydata()) for line in axes[0].lines])[:, -1]
-        assert torch.allclose(last.float(), module.task.upper.logits.detach().softmax(0))
-        assert [step for step, _ in callback.path] == [0, 10, 20, 30]
-        assert callback.path[0][1] == pytest.approx([0.1] * 10)
-        again = WeightFigure()
-        again.load_state_dict(callback.state_dict())
-        assert again.path == callback.path
+        counts = [bar.get_height() for bar in axes[0].patches]
+        assert [sum(counts[:40]), sum(counts[40:])] == ([600, 400] if kind == "sample" else [len(part[3]), 0])
+
+
+def test_weights_of_sources_over_the_iterations(run):
+    kind, _, module, loop = run
+    if kind != "source":
+        assert not [c for c in loop.callbacks if isinstance(c, SourceWeightCurve)]
+        return
+    callback = own(loop, SourceWeightCurve)
+    (axes,) = callback.figures(loop, module)["source_weights"].axes
+    assert [line.get_label() for line in axes.lines] == [str(s) for s in range(10)]
+    last = torch.stack([torch.tensor(line.get_ydata()) for line in axes.lines])[:, -1]
+    assert torch.allclose(last.float(), module.task.upper.logits.detach().softmax(0))
+    assert [step for step, _ in callback.path] == list(range(31))
+    assert callback.path[0][1] == pytest.approx([0.1] * 10)
+    again = SourceWeightCurve()
+    again.load_state_dict(callback.state_dict())
+    assert again.path == callback.path
 
 
 def test_report(run, capsys):
@@ -150,7 +159,7 @@ def test_without_controls_or_a_data_module(tmp_path):
     loop = trainer(1, tmp_path, callbacks=[report])
     loop.fit(module_of("source"), datamodule=DigitsReweighting(class_samples=5, lower_batch_size=20, epoch_length=1))
     assert list(report.rows) == ["reweighted (y)"]
-    assert [step for step, _ in own(loop, WeightFigure).path] == [0, 1]
+    assert [step for step, _ in own(loop, SourceWeightCurve).path] == [0, 1]
     data = DigitsReweighting()
     data.setup()
     batch = Whole({"lower": data.train, "upper": data.meta})

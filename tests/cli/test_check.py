@@ -67,7 +67,7 @@ def test_a_checkpoint_is_checked_where_it_ended(capsys):
     ("args", "message"),
     [
         (["--config", "nothing"], "--config nothing is neither a file nor a shipped config"),
-        (["--model.lower_stepz", "3"], "Option 'lower_stepz' is not accepted"),
+        (["--model.lower_stepz", "3"], "has no setting lower_stepz"),
         (["--model.task.samples", "599"], "The task has 599 weights but the data 600 training samples"),
         (["--check.directions", "0"], "directions must be a positive number, got 0."),
         (["--check.reference_steps", "many"], "check.reference_steps"),

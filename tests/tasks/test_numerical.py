@@ -4,6 +4,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 from loops import trainer
+from pytorch_lightning.loggers import CSVLogger
 
 from bilevel_lightning import AIDCG, RHG, BilevelError, BilevelTask, GradientDescent, tree
 from bilevel_lightning.binding import bind
@@ -395,7 +396,8 @@ def test_a_run_of_the_trainer(name, tmp_path):
         dynamics=GradientDescent(0.1),
         upper_optimizer=lambda params: torch.optim.SGD(params, lr=0.01),
     )
-    loop = trainer(6, tmp_path, precision="64-true", log_every_n_steps=2)
+    logger = CSVLogger(tmp_path, name="", version="")
+    loop = trainer(6, tmp_path, precision="64-true", log_every_n_steps=2, logger=logger)
     loop.fit(module, datamodule=NoData(iterations=6))
     assert loop.global_step == 6
     assert {t.dtype for t in [*task.parameters(), *task.buffers()]} == {torch.float64}

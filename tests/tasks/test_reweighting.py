@@ -233,11 +233,14 @@ def test_every_algorithm_moves_both_levels(algorithm, kind):
             lambda: task_of("sample", LinearNet((1, 8, 8))),
             "SampleWeights has 24 weights but the data 40 training samples",
         ),
-        (
-            lambda: Reweighting(LinearNet((1, 8, 8)), SourceWeights(9)),
-            "SourceWeights has 9 weights but the data 10 sources: set task.weights.sources",
+        *(
+            (
+                lambda number=number: Reweighting(LinearNet((1, 8, 8)), SourceWeights(number)),
+                f"SourceWeights has {number} weights but the data 10 sources: set task.weights.sources",
+            )
+            for number in (9, 11)
         ),
-        (lambda: task_of(model=LinearNet((1, 28, 28))), r"does not accept inputs of shape \(1, 8, 8\)"),
+        (lambda: task_of(model=LinearNet((1, 28, 28))), r"does not accept images of shape \(1, 8, 8\)"),
         (lambda: task_of(model=LinearNet((1, 8, 8), classes=7)), r"returns shape \(1, 7\) for one sample.*up to 9"),
     ],
 )
