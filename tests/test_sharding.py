@@ -66,12 +66,12 @@ def cleaning(task=HyperCleaning, model=None, name="F2SA", **settings):
     torch.manual_seed(0)
     task = task(LinearNet((1, 2, 2), 3) if model is None else model(), samples=24, l2=0.01)
     task.callbacks = list
-    return (Wrong if name == "Wrong" else getattr(algorithms, name))(task=task, lower_steps=3, **settings)
+    return (Wrong if name == "Wrong" else getattr(algorithms, name))(task=task, lower_steps=2, **settings)
 
 
 VARIANTS = {
     **{name: partial(cleaning, dynamics=getattr(dynamics, name)(0.05))
-       for name in ("Accelerated", "Adam", "AggregatedDescent", "HeavyBall", "Momentum", "Nesterov")},
+       for name in ("Accelerated", "Adam", "AggregatedDescent", "HeavyBall")},
     "Anderson": partial(cleaning, dynamics=dynamics.Anderson(dynamics.GradientDescent(0.05), history=2)),
     "HigherDynamics": partial(cleaning, dynamics=dynamics.HigherDynamics(partial(torch.optim.SGD, lr=0.05))),
     "Adam differentiated": partial(cleaning, name="DARTS", dynamics=dynamics.Adam(0.05)),
@@ -149,6 +149,13 @@ class Watch(Callback):
             self.scores = module.hooks.lower(trainer.datamodule.val[0].to(module.dtype)).detach()
 
 
+def run(case, **settings):
+    """Five upper iterations of few lower steps on hyper-cleaning."""
+    module = made(case, "cleaning")
+    module.lower_steps = min(module.lower_steps, 3)
+    return ended(module, Patches(), steps=5, **settings)
+
+
 def worker(rank, folder):
     """One of two processes."""
     torch.set_num_threads(1)
@@ -158,8 +165,8 @@ def worker(rank, folder):
     results = {}
     for case in FIRST:
         path = Path(folder) / f"{case}.ckpt"
-        results["whole", case] = trained(case, "cleaning", callbacks=[Save(path)], **PAIR)
-        results["resumed", case] = trained(case, "cleaning", ckpt_path=path, **PAIR)
+        results["whole", case] = run(case, callbacks=[Save(path)], **PAIR)
+        results["resumed", case] = run(case, ckpt_path=path, **PAIR)
     results["refused"] = [trained("RHG", "cleaning", **PAIR), trained("F2SA", "episodes", **PAIR)]
     for name, variant in VARIANTS.items():
         results[name] = ended(variant(), Patches(), steps=3, **PAIR)
@@ -202,9 +209,9 @@ def test_a_divided_y_is_the_whole_one(pair, case):
     """Two processes with a part of y each end where one does on the union of their batches; so the checkpoints say."""
     ranks, folder = pair
     assert_equal(ranks[1]["whole", case], ranks[0]["whole", case])
-    assert_close(ranks[0]["whole", case], trained(case, "cleaning"))
+    assert_close(ranks[0]["whole", case], run(case))
     assert_equal(ranks[0]["resumed", case], ranks[0]["whole", case])
-    assert_close(trained(case, "cleaning", ckpt_path=folder / f"{case}.ckpt"), ranks[0]["whole", case])
+    assert_close(run(case, ckpt_path=folder / f"{case}.ckpt"), ranks[0]["whole", case])
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -216,7 +223,7 @@ def test_so_is_it_with_other_settings(pair, name):
         return
     want = first[name, "ddp"] if "normalised" in name else ended(VARIANTS[name](), Patches(), steps=3)
     assert_close(first[name], want)
-    for key, value in want["state"].items():
+    for key in want["state"]:
         if "norm" not in key:  # running statistics are each process's own
             assert torch.equal(first[name]["state"][key], second[name]["state"][key]), key
     assert any(not torch.equal(want["state"][key], t) for key, t in VARIANTS[name]().double().state_dict().items())
@@ -266,7 +273,7 @@ def test_each_process_holds_its_part(pair):
 def test_validations_and_reports_read_the_whole_y(pair):
     (first, second), _ = pair
     ddp, one, two = first["watch", "ddp"], first["watch", "sharded"], second["watch", "sharded"]
-    assert len(ddp["losses"]) == len(one["losses"]) > 1
+    assert len(ddp["losses"]) == len(one["losses"]) == 1
     torch.testing.assert_close(torch.stack(one["losses"]), torch.stack(ddp["losses"]), rtol=1e-6, atol=0)
     torch.testing.assert_close(one["scores"], ddp["scores"], rtol=1e-10, atol=1e-12)
     assert two["scores"] is None
