@@ -120,7 +120,8 @@ class Sharded(DDPStrategy):
 
     @override
     def on_train_start(self) -> None:
-        from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
         module: Any = self.lightning_module
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
@@ -147,10 +148,10 @@ class _Gather(Callback):
 
 def _replace(module: nn.Module, held: list[Any], change: Callable[[Any], Tensor]) -> None:
     """Puts ``change(t)`` in place of each tensor t that the module or a part of it holds, tied ones once."""
-    new = {id(t): nn.Parameter(change(t)) if isinstance(t, nn.Parameter) else change(t) for t in held}
+    new: dict[int, Any] = {id(t): nn.Parameter(change(t)) if isinstance(t, nn.Parameter) else change(t) for t in held}
     for owner in module.modules():
         for tensors in (owner._parameters, owner._buffers):
             tensors.update({name: new[id(t)] for name, t in tensors.items() if id(t) in new})
 
 
-StrategyRegistry.register("sharded", Sharded, description="divides y among processes; methods of first derivatives")
+StrategyRegistry.register("sharded", Sharded, description="y divided among processes (sharding.py)", override=True)
