@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -27,49 +27,57 @@ from rich.table import Table
 from scipy.stats import t as student
 from torch import nn
 
-from bilevel_lightning import DARTS, F2SA, MEHA, SAMA, TRHG, Adam, BilevelModule, GradientDescent, Minibatches, tree
+from bilevel_lightning import (
+    DARTS,
+    F2SA,
+    MEHA,
+    SAMA,
+    TRHG,
+    Adam,
+    BilevelModule,
+    Dynamics,
+    GradientDescent,
+    Minibatches,
+    Momentum,
+    tree,
+)
 from bilevel_lightning.binding import bind
 from bilevel_lightning.callbacks import ReweightingReport
 from bilevel_lightning.callbacks.reweighting import Equal, trained_equally
 from bilevel_lightning.datamodules import CIFAR10Reweighting, MNISTReweighting, ReweightingData
 from bilevel_lightning.datamodules.iterations import draw
 from bilevel_lightning.models import ConvNet, LossWeights, MLPNet, SampleWeights, SourceWeights
+from bilevel_lightning.schedules import Cosine
 from bilevel_lightning.tasks import Reweighting
 
-TUNING_SEED = 100  # of a split of its own, on whose meta set, 1000 images, the control's step size is chosen
-COLUMNS = ("case", "method", "seed", "lr", "iterations", "accuracy", "balanced_accuracy", "cpu_seconds")
+SEEDS = (10, 11, 12)
+TUNING_SEED = 100  # of a split of its own, on which step sizes are chosen
+HELD = 300  # images of each class on which they are compared there; the meta set has others
+COLUMNS = ("case", "training", "seed", "lr", "upper_lr", "accuracy", "cpu_seconds")
 ALGORITHMS: dict[str, Callable[..., BilevelModule]] = {
     "TRHG": partial(TRHG, lower_steps=1, truncation=1),
     "DARTS": DARTS,
     "SAMA": SAMA,
-    "MEHA": partial(MEHA, gamma=100.0, c=10.0),
+    "MEHA": partial(MEHA, lower_lr=0.1, gamma=100.0, c=10.0),
     "F2SA": partial(F2SA, lower_steps=1, gamma=10.0, order=2),
 }
 
 
-class Method(NamedTuple):
-    """How x is learnt: weights, algorithm, step size of the Adam that moves x, and of y."""
-
-    weights: Callable[[int], nn.Module]
-    algorithm: str
-    upper_lr: float
-    lr: float = 0.1
-
-
 class Case(NamedTuple):
-    """A data set, a network, and the methods that are run on it."""
+    """A data set, a network, weights and algorithm, step sizes, and the grids from which these come."""
 
     data: Callable[..., ReweightingData]
     meta_per_class: int
     model: Callable[[], nn.Module]
+    weights: Callable[[int], nn.Module]
+    algorithm: str
+    dynamics: Callable[[float], Dynamics]
     iterations: int
-    rates: tuple[float, ...]
-    methods: dict[str, Method]
-
-
-def by_sample(samples: int) -> nn.Module:
-    """Returns one weight a sample."""
-    return SampleWeights(samples)
+    lr: float  # of y in the reweighted run
+    upper_lr: float  # of the Adam that moves x
+    equal_lr: float  # of y in the controls
+    grid: tuple[tuple[float, float], ...]  # of lr and upper_lr
+    equal_grid: tuple[float, ...]
 
 
 def by_class(samples: int) -> nn.Module:
@@ -77,62 +85,59 @@ def by_class(samples: int) -> nn.Module:
     return SourceWeights(10)
 
 
-def by_loss(samples: int) -> nn.Module:
-    """Returns Meta-Weight-Net's function."""
-    return LossWeights()
+def annealed(lr: float) -> Dynamics:
+    """Returns momentum whose step size falls to zero."""
+    return Momentum(Cosine(lr, 0.0, 1000), 0.9)
 
 
 CASES = {
     "mnist": Case(
-        partial(MNISTReweighting, noise_rate=0.4, class_samples=500, upper_batch_size=100),
+        partial(MNISTReweighting, noise_rate=0.4, class_samples=1000, upper_batch_size=100),
         100,
         partial(MLPNet, activation="relu"),
-        2000,
-        (0.01, 0.03, 0.1, 0.3),
-        {
-            "sample weights, T-RHG(1)": Method(by_sample, "TRHG", 0.05),
-            "loss, T-RHG(1)": Method(by_loss, "TRHG", 0.0005),
-            "sample weights, SAMA": Method(by_sample, "SAMA", 0.05),
-            "sample weights, MEHA": Method(by_sample, "MEHA", 0.05),
-            "sample weights, F2SA-2": Method(by_sample, "F2SA", 0.05),
-        },
+        SampleWeights,
+        "TRHG",
+        GradientDescent,
+        5000,
+        lr=0.1,
+        upper_lr=0.03,
+        equal_lr=0.03,
+        grid=((0.05, 0.03), (0.05, 0.1), (0.1, 0.03), (0.1, 0.1), (0.2, 0.03), (0.2, 0.1)),
+        equal_grid=(0.005, 0.01, 0.02, 0.03, 0.05, 0.1),
     ),
     "cifar10": Case(
         partial(CIFAR10Reweighting, imbalance_factor=100, class_samples=4000, upper_batch_size=100),
         10,
         partial(ConvNet, (3, 32, 32), width=32, pooling="stride"),
-        800,
-        (0.03, 0.1, 0.3),
-        {
-            "class weights, DARTS": Method(by_class, "DARTS", 0.03),
-            "loss, DARTS": Method(by_loss, "DARTS", 0.0005),
-            "class weights, SAMA": Method(by_class, "SAMA", 0.03),
-            "class weights, MEHA": Method(by_class, "MEHA", 0.03),
-            "class weights, F2SA-2": Method(by_class, "F2SA", 0.03),
-        },
+        by_class,
+        "DARTS",
+        annealed,
+        1000,
+        lr=0.01,
+        upper_lr=0.01,
+        equal_lr=0.03,
+        grid=((0.01, 0.01), (0.01, 0.03), (0.03, 0.01)),
+        equal_grid=(0.01, 0.03, 0.1),
     ),
 }
 
 
 @lru_cache(maxsize=1)
 def data_of(name: str, seed: int) -> ReweightingData:
-    """Returns the data of a case, set up."""
-    case = CASES[name]
-    meta = 100 if seed == TUNING_SEED else case.meta_per_class
-    data = case.data(meta_per_class=meta, seed=seed, epoch_length=case.iterations)
+    """Returns the data of a case, set up; of the split for tuning, with images of the training file as test set."""
+    case, held = CASES[name], HELD if seed == TUNING_SEED else 0
+    data = case.data(meta_per_class=case.meta_per_class + held, seed=seed, epoch_length=case.iterations)
     data.setup()
+    if held:
+        numbers = torch.arange(len(data.meta[1])).view(10, -1).split((case.meta_per_class, held), 1)
+        data.meta, data.test = (tuple(t[i.flatten()] for t in data.meta) for i in numbers)
     return data
 
 
-def module_of(method: Method, task: Reweighting) -> BilevelModule:
-    """Returns the algorithm; SAMA's Adam has a hundredth of the others' step size."""
-    settings: dict[str, Any] = {"dynamics": GradientDescent(method.lr)}
-    if method.algorithm == "SAMA":
-        settings = {"dynamics": Adam(method.lr / 100)}
-    if method.algorithm == "MEHA":
-        settings["lower_lr"] = method.lr
-    upper = partial(torch.optim.Adam, lr=method.upper_lr)
-    return ALGORITHMS[method.algorithm](task=task, upper_optimizer=upper, **settings)
+def module_of(algorithm: str, task: Reweighting, dynamics: Dynamics, upper_lr: float) -> BilevelModule:
+    """Returns an algorithm with Adam for x."""
+    upper = partial(torch.optim.Adam, lr=upper_lr)
+    return ALGORITHMS[algorithm](task=task, dynamics=dynamics, upper_optimizer=upper)
 
 
 class Runs:
@@ -145,10 +150,9 @@ class Runs:
             with path.open() as file:
                 self.rows = list(csv.DictReader(file))
 
-    def has(self, case: str, method: str, seed: int, lr: float) -> bool:
-        """Whether this was run."""
-        key = (case, method, str(seed), str(lr))
-        return key in {(r["case"], r["method"], r["seed"], r["lr"]) for r in self.rows}
+    def has(self, *key: object) -> bool:
+        """Whether this case, training, seed and step sizes were run."""
+        return [*map(str, key)] in [[row[column] for column in COLUMNS[:5]] for row in self.rows]
 
     def add(self, *values: object) -> None:
         """Appends a row, at once on disk."""
@@ -163,14 +167,14 @@ class Runs:
         print(", ".join(row.values()), flush=True)
 
 
-def reweighted(runs: Runs, name: str, label: str, seed: int) -> None:
-    """Runs a method of a case with one seed."""
-    case, method = CASES[name], CASES[name].methods[label]
-    if runs.has(name, label, seed, method.lr):
+def reweighted(runs: Runs, name: str, seed: int, lr: float, upper_lr: float) -> None:
+    """Learns the weights of a case with one seed."""
+    key = (name, "reweighted", seed, lr, upper_lr)
+    if runs.has(*key):
         return
-    data = data_of(name, seed)
+    case, data = CASES[name], data_of(name, seed)
     torch.manual_seed(seed)
-    task = Reweighting(case.model(), method.weights(len(data.train[1])), normalize=True)
+    task = Reweighting(case.model(), case.weights(len(data.train[1])), normalize=True)
     report = ReweightingReport(controls=False)
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     loop = Trainer(
@@ -183,19 +187,18 @@ def reweighted(runs: Runs, name: str, label: str, seed: int) -> None:
         **off,
     )
     start = time.process_time()
-    loop.fit(module_of(method, task), datamodule=data)
+    loop.fit(module_of(case.algorithm, task, case.dynamics(lr), upper_lr), datamodule=data)
     taken = time.process_time() - start
     (row,) = report.rows.values()
-    runs.add(name, label, seed, method.lr, case.iterations, row["accuracy"], row["balanced_accuracy"], taken)
+    runs.add(*key, row["accuracy"], taken)
 
 
-def equal(runs: Runs, name: str, seed: int, lr: float, *, meta: bool = False, tuning: bool = False) -> None:
-    """Trains with equal weights; for tuning on a split of its own, tested on its meta set."""
-    label = "tuning" if tuning else "equal weights, meta set too" if meta else "equal weights"
-    if runs.has(name, label, seed, lr):
+def equal(runs: Runs, name: str, seed: int, lr: float, *, meta: bool = False) -> None:
+    """Trains with equal weights, from the same network on the same minibatches; with ``meta`` on the meta set too."""
+    key = (name, "equal weights, meta set too" if meta else "equal weights", seed, lr, "")
+    if runs.has(*key):
         return
-    case = CASES[name]
-    data = data_of(name, seed)
+    case, data = CASES[name], data_of(name, seed)
     lower, upper = data.levels()
 
     def batch(k: int) -> dict[str, Any]:
@@ -205,20 +208,20 @@ def equal(runs: Runs, name: str, seed: int, lr: float, *, meta: bool = False, tu
 
     torch.manual_seed(seed)
     start, share = time.process_time(), len(upper[0]) / (len(lower[0]) + len(upper[0])) if meta else 0.0
-    task = Reweighting(case.model(), SourceWeights(10))
-    control = trained_equally(task, task.lower, GradientDescent(lr), batch, case.iterations, 1, share).eval()
+    task = Reweighting(case.model(), Equal())
+    control = trained_equally(task, task.lower, case.dynamics(lr), batch, case.iterations, 1, share).eval()
     with torch.no_grad():
-        found = control.metrics({"lower": lower, "upper": data.meta if tuning else data.test})
-    values = [float(found[key]) for key in ("accuracy", "balanced_accuracy")]
-    runs.add(name, label, seed, lr, case.iterations, *values, time.process_time() - start)
+        found = control.metrics({"lower": lower, "upper": data.test})
+    runs.add(*key, float(found["accuracy"]), time.process_time() - start)
 
 
-def tuned(runs: Runs, name: str) -> float:
-    """Returns the step size with which equal weights do best on the split for tuning."""
-    for lr in CASES[name].rates:
-        equal(runs, name, TUNING_SEED, lr, tuning=True)
-    found = {r["lr"]: float(r["accuracy"]) for r in runs.rows if (r["case"], r["method"]) == (name, "tuning")}
-    return float(max(found, key=lambda lr: found[lr]))
+def tune(runs: Runs, name: str) -> None:
+    """Tries all step sizes of a case, on the split for tuning."""
+    case = CASES[name]
+    for lr in case.equal_grid:
+        equal(runs, name, TUNING_SEED, lr)
+    for lr, upper_lr in case.grid:
+        reweighted(runs, name, TUNING_SEED, lr, upper_lr)
 
 
 def interval(values: list[float]) -> str:
@@ -229,18 +232,19 @@ def interval(values: list[float]) -> str:
     return f"{mean(values):.2f} ± {student.ppf(0.975, n - 1) * stdev(values) / n**0.5:.2f}"
 
 
-def summary(runs: Runs) -> Table:
+def summary(runs: Runs, seeds: Sequence[int]) -> Table:
     """Returns means over the seeds with their intervals, and of the differences to equal weights with the same seed."""
-    groups: dict[tuple[str, str, str], list[dict[str, str]]] = defaultdict(list)
+    groups: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
     for row in runs.rows:
-        groups[row["case"], row["method"], row["lr"]].append(row)
-    table = Table("case", "method", "lr", "seeds", "accuracy %", "balanced accuracy %", "above equal weights")
-    for (case, method, lr), rows in groups.items():
-        cells = [interval([100 * float(row[column]) for row in rows]) for column in ("accuracy", "balanced_accuracy")]
-        peers = {r["seed"]: r for r in runs.rows if (r["case"], r["method"]) == (case, "equal weights")}
-        pairs = [(row, peers[row["seed"]]) for row in rows if row["seed"] in peers]
-        above = [100 * (float(row["accuracy"]) - float(peer["accuracy"])) for row, peer in pairs]
-        table.add_row(case, method, lr, str(len(rows)), *cells, interval(above))
+        if int(row["seed"]) in seeds:
+            groups[tuple(row[c] for c in COLUMNS if c in ("case", "training", "lr", "upper_lr"))][row["seed"]] = (
+                100 * float(row["accuracy"])
+            )
+    table = Table("case", "training", "lr", "upper lr", "seeds", "accuracy %", "above equal weights")
+    for (name, training, lr, upper_lr), found in groups.items():
+        peers = groups.get((name, "equal weights", str(CASES[name].equal_lr), ""), {})
+        above = [value - peers[seed] for seed, value in found.items() if seed in peers]
+        table.add_row(name, training, lr, upper_lr, str(len(found)), interval([*found.values()]), interval(above))
     return table
 
 
@@ -263,7 +267,8 @@ class Iterated:
         self.task = Reweighting(model, Equal() if algorithm == "plain" else made[weights](), normalize=True)
         self.module, number = None, 1
         if algorithm != "plain":
-            self.module = module_of(Method(by_loss, algorithm, 0.001), self.task)
+            dynamics = Adam(0.001) if algorithm == "SAMA" else GradientDescent(0.1)
+            self.module = module_of(algorithm, self.task, dynamics, 0.001)
             self.module.configure_model()
             number = self.module.minibatches(0)[0]
         self.batch = {"lower": Minibatches(samples() for _ in range(number)), "upper": samples()[:2]}
@@ -311,8 +316,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("reweighting.csv"), help="file of the runs")
     parser.add_argument("--case", choices=[*CASES], action="append", help="only this case (may be repeated)")
-    parser.add_argument("--method", action="append", help="only this method besides the controls (may be repeated)")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds (default 3)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="default 10 11 12")
+    parser.add_argument("--tune", action="store_true", help="try the grids of step sizes instead, on another split")
     parser.add_argument("--cost", type=int, metavar="ROUNDS", help="measure time and memory instead")
     parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -328,14 +333,16 @@ def main() -> None:
     else:
         runs = Runs(args.out)
         for name in args.case or CASES:
-            lr = tuned(runs, name)
-            for seed in range(args.seeds):
-                for label in args.method or CASES[name].methods:
-                    if label in CASES[name].methods:
-                        reweighted(runs, name, label, seed)
-                equal(runs, name, seed, lr)
-                equal(runs, name, seed, lr, meta=True)
-        Console(width=120).print(summary(runs))
+            case = CASES[name]
+            if args.tune:
+                tune(runs, name)
+                continue
+            for seed in args.seeds:
+                reweighted(runs, name, seed, case.lr, case.upper_lr)
+                equal(runs, name, seed, case.equal_lr)
+            for seed in args.seeds:
+                equal(runs, name, seed, case.equal_lr, meta=True)
+        Console(width=120).print(summary(runs, [TUNING_SEED] if args.tune else args.seeds))
 
 
 if __name__ == "__main__":

@@ -263,6 +263,13 @@ class BilevelModule(Evaluation, ABC):
         """
         return self.lower_steps, 1
 
+    def first_lower_step(self, k: int) -> int:
+        """Returns the number t of the first lower step of batch ``k``, for schedules of the dynamics.
+
+        Default 0: they begin anew in each upper iteration.
+        """
+        return 0
+
     def solve_lower(self, problem: BilevelProblem, x: Params, y: Params, steps: int | None = None) -> Params:
         """Returns y after ``steps`` lower steps, default ``lower_steps``, without a graph."""
         state = self.dynamics.start(y)

@@ -21,7 +21,8 @@ class DARTS(BilevelModule):
 
     That is `TRHG` with K = 1 and its product with g_xy by central differences, for any dynamics; it is biased as that
     one is: near a solved lower level it takes lr I for the inverse of g_yy. The released code moves y by a second
-    optimizer after x; here y' is the new y.
+    optimizer after x; here y' is the new y, and with a warm start a schedule of the dynamics counts lower steps through
+    the run.
 
     With ``order`` 1 the direction is f_x(x, y') alone, y' being taken as independent of x: plain alternation. It is the
     paper's first-order approximation, whose steps y, x, y, x, ... are the same but for which comes first.
@@ -53,11 +54,15 @@ class DARTS(BilevelModule):
         return {f"memory{i}": memory for i, memory in enumerate(memories)}
 
     @override
+    def first_lower_step(self, k: int) -> int:
+        return k * self.lower_steps if self.warm_start and self.hooks.persistent_lower else 0
+
+    @override
     def bilevel_step(self, problem: BilevelProblem, x: Params, y: Params) -> Step:
-        state, first = self.dynamics.start(y), 0
+        state, first = self.dynamics.start(y), self.first_lower_step(self.batches)
         kept = [memory for i in range(len(state) - 1) if (memory := self.kept(f"memory{i}")) is not None]
         if kept:  # with a warm start the dynamics go on where they were
-            state, first = (y, *kept), self.batches * self.lower_steps
+            state = (y, *kept)
         last = first + self.lower_steps - 1
         for t in range(first, last if self.order == 2 else last + 1):
             state = self.dynamics.step(problem, x, state, t)

@@ -172,6 +172,7 @@ class ReweightingReport(FromScratch):
                         module.batches,
                         module.lower_steps,
                         share,
+                        module.first_lower_step,
                     )
         batch = _converted(trainer, test.batch)
         for name, task in tasks.items():
@@ -210,6 +211,7 @@ def trained_equally(
     iterations: int,
     steps: int = 1,
     share: float = 0.0,
+    first: Callable[[int], int] | None = None,
 ) -> Any:
     """Returns a copy of a `Reweighting` task whose model was trained with equal weights.
 
@@ -221,6 +223,7 @@ def trained_equally(
         iterations: how many.
         steps: steps in each, on its lower minibatches in turn.
         share: of the samples of both levels that the upper one has, which are trained on too. Default 0: they are not.
+        first: number of the first step of an iteration, for schedules. Default: steps are counted through.
     """
     control: Any = type(task)(model, Equal(), task.l2 / (1 - share))
     control.train()
@@ -229,7 +232,8 @@ def trained_equally(
         both = batch(k)
         problem, _, _ = bind(control, both, {})
         problem = problem.blend(share, 1 - share) if share else problem
-        for t in range(k * steps, (k + 1) * steps):
+        begin = k * steps if first is None else first(k)
+        for t in range(begin, begin + steps):
             state = dynamics.step(problem, {}, state, t)
         if running_norms(model):
             tree.assign(model, state[0])

@@ -19,7 +19,7 @@ class GradientDescent(Dynamics):
     r"""``y <- prox(y - lr g_y(x, y))``, the proximal map being the task's projection or the identity.
 
     Args:
-        lr: step size, or a schedule over the lower steps. Default 0.1.
+        lr: step size, or a schedule over the lower steps of an upper iteration (`DARTS`: of the run). Default 0.1.
         learn_lr: learn the step size as an upper variable theta, ``lr exp(theta)``, from theta = 0, so that it stays
             positive; ``per_step``: one theta for each lower step, a learnt schedule; ``per_parameter``: one for each
             entry of y (Meta-SGD). Default False.

@@ -146,6 +146,20 @@ def test_controls_by_hand(run, meta):
     assert report.scratch is not None
 
 
+@pytest.mark.parametrize(("first", "expected"), [(None, [0, 1, 2, 3, 4, 5]), (lambda k: 0, [0, 1, 0, 1, 0, 1])])
+def test_controls_count_steps_as_the_algorithm_does(run, first, expected):
+    _, _, module, loop = run
+    seen = []
+
+    class Noted(GradientDescent):
+        def rate(self, x, t):
+            seen.append(t)
+            return super().rate(x, t)
+
+    trained_equally(module.task, LinearNet((1, 8, 8)), Noted(0.1), loop.train_dataloader.batch, 3, 2, first=first)
+    assert seen == expected
+
+
 def test_controls_advance_running_statistics(run):
     _, _, module, loop = run
     net = ConvNet((1, 8, 8), width=8, blocks=1, norm="frozen")
