@@ -34,7 +34,7 @@ class Mutation(NamedTuple):
 
 M = Mutation
 PROCESSES = "test_distributed.py::test_two_processes_with_half_the_batch_are_one_with_all_of_it"
-SHARDING = "test_sharding.py -k is_the_whole or so_is_it"
+SHARDING = "test_sharding.py"
 FIRST = "algorithms/test_first_order.py"
 STOCHASTIC = "algorithms/test_stochastic.py"
 REWEIGHTING, REWEIGHTING_DATA = "tasks/test_reweighting.py", "datamodules/test_reweighting.py"
@@ -54,7 +54,8 @@ MUTATIONS = [
       "test_checkpoints.py::test_a_kill_during_a_write_leaves_the_file_before"),
     M("episodes-not-weighed", "distributed.py", "{name: weight * t for", "{name: t for",
       "algorithms/test_trust.py::test_two_processes_are_one_with_the_union_batch"),
-    M("in-place-unseen", "checks.py", "if name in kept and not _same(p, kept[name])]", "if False]", "test_checks.py -k in_place"),
+    M("in-place-unseen", "checks.py", "if name in kept and not _same(p, kept[name])]", "if False]",
+      "test_checks.py -k in_place"),
     M("around-unseen", "checks.py", "if id(own[n]) in levels]", "if False]", "test_checks.py -k around"),
     M("graph-without-graph", "derivatives.py", "y, create_graph=True)[0]", "y)[0]",
       "test_derivatives.py::test_products"),
