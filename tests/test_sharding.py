@@ -40,12 +40,16 @@ class Normalised(nn.Module):
 class Balls(HyperCleaning):
     """y lies in a ball, whose projection needs all of it, and has a nonsmooth term that depends on x."""
 
+    @staticmethod
+    def size(lower):
+        return torch.linalg.vector_norm(torch.cat([t.reshape(-1) for t in lower.values()]))
+
     def nonsmooth_lower(self, upper, lower):
-        return 0.01 * upper["logits"].sigmoid().mean() * tree.norm(lower)
+        return 0.01 * upper["logits"].sigmoid().mean() * self.size(lower)
 
     def prox_lower(self, upper, lower, step):
-        shrink = (1 - step * 0.01 * upper["logits"].sigmoid().mean() / tree.norm(lower)).clamp(min=0)
-        factor = shrink * (0.4 / (shrink * tree.norm(lower))).clamp(max=1)
+        shrink = (1 - step * 0.01 * upper["logits"].sigmoid().mean() / self.size(lower)).clamp(min=0)
+        factor = shrink * (0.4 / (shrink * self.size(lower))).clamp(max=1)
         return {name: factor * t for name, t in lower.items()}
 
 
