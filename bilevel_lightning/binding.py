@@ -241,6 +241,11 @@ def bind(
     def at_whole(loss: Callable[[Params, Params], Any]) -> Callable[[Params, Params], Any]:
         return lambda x, y: loss(x, whole(y))
 
+    def nonsmooth(x: Params, y: Params) -> Tensor:
+        one = partial(task.nonsmooth_lower, own(x))
+        found: Tensor = one(y) if episodes is None else torch.func.vmap(one)(y)
+        return found
+
     def initial(x: Params) -> Params:
         return tree.repeat(task.initial_lower(own(x)), episodes)
 
@@ -248,14 +253,14 @@ def bind(
     number = partial(size, dim=0 if episodes is None else 1)
     hooks = type(task)
     constrained = hooks.prox_lower is not Bilevel.prox_lower or hooks.project_lower is not Bilevel.project_lower
-    nonsmooth = hooks.nonsmooth_lower is not Bilevel.nonsmooth_lower
+    has_nonsmooth = hooks.nonsmooth_lower is not Bilevel.nonsmooth_lower
     mapped = hooks.fixed_point_map is not Bilevel.fixed_point_map
     shared = task.persistent_lower
     problem = BilevelProblem(
         [at_whole(in_turn(part, "upper_loss")) for part in upper],
         [at_whole(in_turn(part, "lower_loss")) for part in lower],
         prox=prox if constrained else None,
-        nonsmooth=at_whole(lambda x, y: task.nonsmooth_lower(own(x), y)) if nonsmooth else None,
+        nonsmooth=at_whole(nonsmooth) if has_nonsmooth else None,
         fixed_point=[on(part, "fixed_point_map") for part in lower] if mapped else (),
         initial=initial if start_depends_on_x(task) else None,
         reduce=reduce if shared else None,

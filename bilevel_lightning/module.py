@@ -31,7 +31,7 @@ from bilevel_lightning.checks import (
     watched,
 )
 from bilevel_lightning.compiled import Compiled
-from bilevel_lightning.distributed import mean_over_processes, total_over_processes
+from bilevel_lightning.distributed import gather, mean_over_processes, total_over_processes
 from bilevel_lightning.dynamics import Dynamics, GradientDescent
 from bilevel_lightning.errors import BilevelError, positive
 from bilevel_lightning.evaluation import Evaluation
@@ -201,6 +201,7 @@ class BilevelModule(Evaluation, ABC):
         self.learnable = nn.ParameterDict()
         self.cold_start: State | None = None
         self.states = nn.ModuleDict()
+        self._rows: Tensor | None = None  # of the states, that the episodes at hand have
         if compile and not self.compilable:
             raise BilevelError(
                 f"compile does not apply to {type(self).__name__}, which branches on values: leave it off, or use RHG."
@@ -228,16 +229,19 @@ class BilevelModule(Evaluation, ABC):
     def initial_state(self, x: Params, y: Params) -> dict[str, Params]:
         """Returns what the algorithm keeps from one upper iteration to the next besides y, by name; default: nothing.
 
-        It is asked only where one y persists. `kept` reads it; what `Step.state` holds replaces it after the iteration.
+        It is asked only where one y persists, or the task stores those of its episodes (`Bilevel.stored_lowers`), each
+        of which then has its own. `kept` reads it; what `Step.state` holds replaces it after the iteration.
         """
         return {}
 
     def kept(self, name: str) -> Params | None:
-        """Returns the kept tensors of that name, or None where nothing is kept."""
+        """Returns the kept tensors of that name, of the episodes at hand, or None where nothing is kept."""
         if name not in self.states:
             return None
         values: Params = self.states[name].get()  # type: ignore[operator]
-        return values
+        if not self.hooks.stored_lowers:
+            return values
+        return None if self._rows is None else {n: t[self._rows] for n, t in values.items()}
 
     def added_upper(self, y: Params) -> Params:
         """Returns initial values of the upper variables that the algorithm adds to the task's.
@@ -300,9 +304,10 @@ class BilevelModule(Evaluation, ABC):
             self.learnable[name.replace(".", ":")] = nn.Parameter(value.detach().clone().to(like))
         if not self.warm_start and self.hooks.persistent_lower:
             self.cold_start = State(y)
-        if self.hooks.persistent_lower:
-            start = tree.detach(self.upper_parameters()), tree.detach(y)
-            self.states.update({name: State(values) for name, values in self.initial_state(*start).items()})
+        rows = self.hooks.stored_lowers or None
+        if self.hooks.persistent_lower or rows:
+            kept = self.initial_state(tree.detach(self.upper_parameters()), tree.detach(y))
+            self.states.update({name: State(tree.repeat(values, rows)) for name, values in kept.items()})
         self._checked = False
 
     @override
@@ -382,8 +387,7 @@ class BilevelModule(Evaluation, ABC):
         norm = tree.norm(gradient)
         sizes = [tree.norm(step.lower) for step in steps if not callable(step.lower)]
         try:
-            if sizes:  # the same on all processes, so that all of them stop
-                self._guard("y", mean_over_processes({"": torch.stack(sizes).mean()})[""], self.lower_rates)
+            self._guard_lower(sizes)
             self._guard("The hypergradient", norm, self.upper_rates)
         except BilevelError:
             self._check(episodes[0], x, f"at upper iteration {self.global_step}")  # a batch may be the reason
@@ -393,17 +397,20 @@ class BilevelModule(Evaluation, ABC):
             norm = tree.norm(full)
             self._step_upper(full, norm)
         lowers = [
-            self._follow(s.lower, e, counts) if callable(s.lower) else s.lower
-            for s, (e, _) in zip(steps, groups, strict=True)
+            self._follow(step.lower, group, counts) if callable(step.lower) else step.lower
+            for step, group in zip(steps, groups, strict=True)
         ]
+        self._guard_lower([tree.norm(y) for step, y in zip(steps, lowers, strict=True) if callable(step.lower)])
         if self.hooks.persistent_lower:
             tree.assign(self.hooks.lower, lowers[0])
             for name, values in steps[0].state.items():
                 self.states[name].set(values)  # type: ignore[operator]
         elif type(self.hooks).keep_lower is not Bilevel.keep_lower:
-            for (episode, number), y in zip(groups, lowers, strict=True):
+            for (episode, number), step, y in zip(groups, steps, lowers, strict=True):
                 for one, solved in zip(unstack(episode, number), unstack(y, number), strict=True):
                     self.hooks.keep_lower(one, solved)
+                for name, values in step.state.items():
+                    self._keep(name, episode, number, values)
         self._count(counts)
         self._advance_statistics(episodes)
         if due and full is not None:
@@ -439,11 +446,23 @@ class BilevelModule(Evaluation, ABC):
         both = {"lower": rows(lower, 0, self.samples_at_once), "upper": rows(upper, 0, self.samples_at_once)}
         return {**(episode if isinstance(episode, dict) else {}), **both}
 
-    def _follow(self, move: Callable[[BilevelProblem, Params], Params], episode: Any, counts: Counter[str]) -> Params:
+    def _keep(self, name: str, episode: Any, number: int | None, values: Params | Row) -> None:
+        """Writes what is kept of one episode, or of several side by side, of all processes."""
+        assert not isinstance(values, Row)  # of estimators that remember parts of one y's data
+        rows = gather(self.hooks.stored_row(episode).reshape(-1))
+        new = {n: gather(t if number else t[None]) for n, t in values.items()}
+        self.states[name].set(Row(rows, new))  # type: ignore[operator]
+
+    def _follow(
+        self,
+        move: Callable[[BilevelProblem, Params], Params],
+        group: tuple[Any, int | None],
+        counts: Counter[str],
+    ) -> Params:
         """Returns the new y of a method whose lower step is taken at the new x, and adds its oracles to ``counts``."""
-        problem, z, _ = self._bind(episode, tree.detach(self.upper_parameters()))
+        episode, number = group
+        problem, z, _ = self._bind(episode, tree.detach(self.upper_parameters()), number)
         y = move(problem, z)
-        self._guard("y", tree.norm(y), self.lower_rates)
         counts.update(problem.counts)
         return y
 
@@ -468,6 +487,11 @@ class BilevelModule(Evaluation, ABC):
                 f"{rates}; the last checkpoint is as it was."
             )
 
+    def _guard_lower(self, sizes: Sequence[Tensor]) -> None:
+        """Ends a run whose y, of these norms, have diverged: on all processes, since their mean is looked at."""
+        if sizes:
+            self._guard("y", mean_over_processes({"": torch.stack([*sizes]).mean()})[""], self.lower_rates)
+
     def _warn(self, stationarity: float) -> None:
         """Says once when the lower level is further from being solved than where the run began."""
         first = self.scale.get("stationarity", 0.0)
@@ -485,7 +509,9 @@ class BilevelModule(Evaluation, ABC):
         The direction of a stack, whose losses are sums, is divided by the number of its episodes.
         """
         problem, z, pull_back = self._bind(episode, x, number)
+        self._rows = self.hooks.stored_row(episode) if self.hooks.stored_lowers else None
         step = self.bilevel_step(problem, z, y)
+        self._rows = None
         gradient = pull_back(step.upper_grad)
         if number is not None:
             gradient = {name: t / number for name, t in gradient.items()}

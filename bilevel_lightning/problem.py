@@ -110,16 +110,22 @@ class BilevelProblem:
         def blended(g: Loss) -> Loss:
             def loss(x: Params, y: Params) -> Tensor:
                 terms = [g(x, y) if lower == 1 else lower * g(x, y)] if lower else []
-                terms += [] if upper == 0 else [upper * self.f(x, y)]
+                terms += [] if upper == 0 else [upper * self.each_f(x, y)]
                 if weight:
                     away = y if center is None else tree.axpy(-1.0, center, y)
-                    terms.append(0.5 * weight * tree.dot(away, away))
+                    terms.append(0.5 * weight * self.square(away))
                 return sum(terms[1:], terms[0])
 
             return loss
 
         other._g = [blended(g) for g in self._g]
         return other
+
+    def square(self, y: Params) -> Tensor:
+        """Returns ``|y|^2``, one value for each episode side by side."""
+        if self.episodes is None:
+            return tree.dot(y, y)
+        return torch.stack([t.flatten(1).square().sum(1) for t in y.values()]).sum(0)
 
     def only(self, lower: Sequence[int], upper: Sequence[int]) -> "BilevelProblem":
         """The problem, with the same counts, on some of the minibatches; numbers count modulo how many there are."""
@@ -220,13 +226,15 @@ class BilevelProblem:
         self.count("lower_values", t)
         with torch.no_grad():
             value = self.g(x, y, t)
-            value = value if self.nonsmooth is None else value + self.nonsmooth(x, y)
+            value = value if self.nonsmooth is None else value + self.nonsmooth(x, y).sum()
             return self._reduce({"": value})[""]
 
     def values_and_gradients(
         self, x: Params, y: Params, t: int = 0, *, upper: bool = True, lower: bool = True
     ) -> tuple[Tensor, Params, Params]:
         """Returns g + h, its derivative in x, and g_y, where h is the nonsmooth term; one evaluation.
+
+        The value is one for each episode side by side, the derivatives are those of the sum.
 
         Args:
             x: upper variables.
@@ -238,12 +246,12 @@ class BilevelProblem:
         self.count("lower_gradients", t)
         x, y = (tree.leaf if upper else tree.detach)(x), (tree.leaf if lower else tree.detach)(y)
         with torch.enable_grad():
-            value = self.g(x, y, t)
-            g_x, g_y = tree.grad(value, x if upper else {}, y if lower else {})
+            value = self.each_g(x, y, t)
+            g_x, g_y = tree.grad(value.sum(), x if upper else {}, y if lower else {})
             if self.nonsmooth is not None:
                 h = self.nonsmooth(x, tree.detach(y))
                 value = value + h
-                g_x = tree.axpy(1.0, tree.grad(h, x)[0], g_x) if upper else g_x
+                g_x = tree.axpy(1.0, tree.grad(h.sum(), x)[0], g_x) if upper else g_x
         return self._reduce({"": value.detach()})[""], self._reduce(g_x), self._reduce(g_y)
 
     def stationarity_gradients(self, x: Params, y: Params, t: int = 0) -> tuple[Params, Params, Params]:

@@ -3,16 +3,16 @@
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bilevel_lightning import tree
 from bilevel_lightning.tree import Params
 
 
 class Row(NamedTuple):
-    """New values for one entry of the leading dimension of kept tensors, the others staying as they are."""
+    """New values for one entry, or several, of the leading dimension of kept tensors; the others stay as they are."""
 
-    number: int
+    number: int | Tensor
     rows: Params
 
 
@@ -30,10 +30,10 @@ class State(nn.Module):
 
     @torch.no_grad()
     def set(self, values: Params | Row) -> None:
-        """Writes the tensors, or one row of each, in place."""
-        given = values.rows if isinstance(values, Row) else values
+        """Writes the tensors, or some rows of each, in place."""
+        where, given = (values.number, values.rows) if isinstance(values, Row) else (..., values)
         for name, t in self.named_buffers():
-            (t[values.number] if isinstance(values, Row) else t).copy_(given[name.replace(":", ".")])
+            t[where] = given[name.replace(":", ".")]
 
     def get(self) -> Params:
         """Returns the tensors by their names."""

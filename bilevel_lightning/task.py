@@ -43,11 +43,15 @@ class Bilevel:
         lower: module whose trainable parameters are the lower variables y.
         persistent_lower: True (default): one y for the whole run, shared by all processes. False: y is solved anew
             for each episode, from `episode_lower`.
+        stored_lowers: number N of episodes whose y the task stores (`keep_lower`). What an algorithm keeps beside y
+            (twins, solutions of linear systems) is then kept N times too, and read and written at `stored_row`. Methods
+            that step y once in an upper iteration need that where y does not persist. Default 0: none.
     """
 
     upper: nn.Module
     lower: nn.Module
     persistent_lower: bool = True
+    stored_lowers: int = 0
 
     def upper_loss(self, batch: Any) -> Tensor:
         """Returns f(x, y), a scalar, on the upper part of a batch."""
@@ -83,6 +87,10 @@ class Bilevel:
         A task that stores y for the next visit of the same data writes it into a buffer, so that it lies in the
         checkpoint. Default: nothing.
         """
+
+    def stored_row(self, episode: Any) -> Tensor:
+        """Returns which of the ``stored_lowers`` an episode's y is: an integer, or one for each of those in a stack."""
+        raise BilevelError(f"{type(self).__name__} stores lower variables and does not define stored_row(episode).")
 
     def episodes(self, batch: Any) -> Sequence[Any]:
         """Splits a batch into independent lower problems, whose hypergradients are averaged; default: one."""

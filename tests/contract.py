@@ -147,7 +147,7 @@ def ended(module, data, *, ckpt_path=None, steps=STEPS, precision="64-true", **s
 
 
 # What a task or data keep by episode, or deliver sparse; each: the module and the data of one of ``world`` processes.
-EXTRAS = ("heads of the last batch", "heads of each task", "sparse text", "sparse minibatches")
+EXTRAS = ("heads of the last batch", "heads of each task", "twins of each task", "sparse text", "sparse minibatches")
 
 
 def extra(name, world, **settings):
@@ -161,14 +161,15 @@ def extra(name, world, **settings):
         task = PenaltySelection(40, "multinomial", 3, initial=-3.0)
         module = algorithms.AIDCG(task=task, dynamics=GradientDescent(0.5), lower_steps=4, warm_start_linear=True)
     else:
-        tasks = 12 if name == "heads of each task" else None
+        tasks = 12 if name.endswith("of each task") else None
         sizes = {"episodes_per_batch": 4 // world, "val_episodes": 2, "test_episodes": 2, "epoch_length": EPOCH}
         data = Sinusoid(shots=3, queries=4, train_episodes=tasks, **sizes)
         body = nn.Sequential(nn.Linear(1, 5), nn.Tanh())
         task = FewShotRegression(
             body, LinearHead(5, 1), start="fixed", regularizer="ridge", regularization=0.1, stored_heads=tasks or 4
         )
-        module = algorithms.BSGM(task=task, dynamics=GradientDescent(0.05), lower_steps=3)
+        algorithm = algorithms.MEHA if name == "twins of each task" else algorithms.BSGM
+        module = algorithm(task=task, dynamics=GradientDescent(0.05), lower_steps=3)
     task.callbacks = list
     return ended(module, data, limit_val_batches=0, **settings)
 

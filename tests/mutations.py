@@ -38,6 +38,7 @@ SHARDING = "test_sharding.py"
 FIRST = "algorithms/test_first_order.py"
 STOCHASTIC = "algorithms/test_stochastic.py"
 REWEIGHTING, REWEIGHTING_DATA = "tasks/test_reweighting.py", "datamodules/test_reweighting.py"
+STORED = "tasks/test_stored_heads.py::test_meha_on_a_pool_of_tasks_is_meha_on_their_joint_problem"
 EQUILIBRIUM = "tasks/test_equilibrium.py"
 EQUILIBRIUM_BALL = "test_projections.py::test_convolution_ball_gives_the_nearest_kernel"
 # fmt: off
@@ -165,7 +166,7 @@ MUTATIONS = [
       "test_linear_solvers.py::test_nystrom_is_woodbury_of_its_columns"),
     M("singular-passes", "linear_solvers/dense.py", "if values[-1] <= len(b)", "if values[-1] < 0 * len(b)",
       "test_linear_solvers.py::test_status"),
-    M("state-not-set", "state.py", '.copy_(given[name.replace(":", ".")])', "",
+    M("state-not-set", "state.py", 't[where] = given[name.replace(":", ".")]', "pass",
       "test_derivatives.py::test_sama_keeps_the_memories_of_adam"),
     M("memories-not-kept", "algorithms/darts.py", "enumerate(state[1:])} if kept else {}",
       "enumerate(state[1:]) if False}", "test_derivatives.py::test_sama_keeps_the_memories_of_adam"),
@@ -254,6 +255,13 @@ MUTATIONS = [
       f"{EQUILIBRIUM}::test_states_are_stored_by_sample_and_are_the_next_start"),
     M("wrong-episode-kept", "module.py", "self.hooks.keep_lower(one, solved)", "self.hooks.keep_lower(episode, solved)",
       "tasks/test_few_shot.py::test_tasks_that_remember_their_heads"),
+    M("kept-for-no-task", "module.py", "self.hooks.stored_row(episode) if self.hooks.stored_lowers else None",
+      "None", STORED),
+    M("twins-of-tasks-not-kept", "module.py", ".set(Row(rows, new))", ".get()", STORED),
+    M("one-proximal-term-for-all-episodes", "problem.py", "weight * self.square(away)",
+      "weight * tree.dot(away, away)", STORED),
+    M("followed-as-one-episode", "module.py", "tree.detach(self.upper_parameters()), number)",
+      "tree.detach(self.upper_parameters()))", STORED),
     M("episodes-start-at-the-first", "evaluation.py", "for one in unstack(episode, number)])",
       "for one in unstack(episode, number)[:1] * number])",
       "tasks/test_few_shot.py::test_tasks_that_remember_their_heads"),

@@ -69,10 +69,10 @@ class AID(BilevelModule):
 
     @override
     def configure_model(self) -> None:
-        if self.warm_start_linear and not self.hooks.persistent_lower:
+        if self.warm_start_linear and not self.hooks.persistent_lower and not self.hooks.stored_lowers:
             raise BilevelError(
                 f"{type(self).__name__}: warm_start_linear goes on from the last v, and this task solves y anew for "
-                "each episode: set warm_start_linear to False, or persistent_lower = True."
+                "each episode: set warm_start_linear to False, or store y and v of each (FewShot.stored_heads)."
             )
         super().configure_model()
 

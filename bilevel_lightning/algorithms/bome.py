@@ -26,8 +26,9 @@ class BOME(SingleLoop):
     4. d = (f_x, f_y) + lambda (q_x, q_y); x steps by ``upper_optimizer``, y <- prox(y - lower_lr d_y).
 
     First derivatives only. Near the solution |(q_x, q_y)| tends to 0 and lambda grows, so that y is restless on the
-    scale of its step: let the steps decrease for accuracy. One batch of several starts shares one lambda. Logged
-    besides: ``train/gap``, q, and ``train/multiplier``, lambda.
+    scale of its step: let the steps decrease for accuracy. One batch of several starts shares one lambda;
+    episodes with a y of their own have each their own. Logged besides: ``train/gap``, q, and ``train/multiplier``,
+    lambda.
 
     Args:
         eta: rate of the barrier. Default 0.5, the paper's.

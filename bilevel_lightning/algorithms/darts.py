@@ -50,7 +50,7 @@ class DARTS(BilevelModule):
 
     @override
     def initial_state(self, x: Params, y: Params) -> dict[str, Params]:
-        memories = self.dynamics.start(y)[1:] if self.warm_start else ()
+        memories = self.dynamics.start(y)[1:] if self.warm_start and self.hooks.persistent_lower else ()
         return {f"memory{i}": memory for i, memory in enumerate(memories)}
 
     @override

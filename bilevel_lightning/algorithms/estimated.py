@@ -41,6 +41,11 @@ class Estimated(Loopless, ABC):
                 f"{type(self.estimator).__name__} compares directions of several iterations, and prepare(batch) makes "
                 "upper variables that live for one: use Plain as estimator, or leave prepare out."
             )
+        if not isinstance(self.estimator, Plain) and self.hooks.stored_lowers:
+            raise BilevelError(
+                f"{type(self.estimator).__name__} compares directions of successive iterations, and an episode's y is "
+                "stored until the episode comes again: use Plain as estimator."
+            )
         for hook in ("prox_lower", "project_lower", "fixed_point_map"):
             if getattr(task, hook) is not getattr(Bilevel, hook):
                 raise BilevelError(

@@ -27,6 +27,10 @@ class MEHA(SingleLoop):
     3. At the new x: d_y = f_y(x, y) / c_k + g_y(x, y) - (y - theta) / gamma; y <- prox(y - beta d_y).
 
     g_x includes the derivative of a nonsmooth term, and prox its map. First derivatives only, one of each level at y.
+    Where a task stores the y of its episodes (`Bilevel.stored_lowers`), each has its own theta, and an iteration moves
+    those of the batch: with all N tasks in it, this is MEHA with f their mean, g their sum, c / N for c and, where x
+    steps by SGD, its step size over N for that.
+
     The released scripts multiply f by a weight that grows, keep the known solution in the update, or restart theta;
     none of that is here. Logged besides: ``train/gap``, g(x, y) - g(x, theta) - |theta - y|^2 / (2 gamma).
 
@@ -49,6 +53,7 @@ class MEHA(SingleLoop):
     """
 
     divisible = True
+    side_by_side = True
 
     def __init__(
         self,
@@ -84,7 +89,7 @@ class MEHA(SingleLoop):
         solved, v_x, _ = problem.values_and_gradients(x, theta, t, lower=False)
         d_x = {n: weight * f_x[n] + g_x[n] - v_x[n] for n in x}
         apart = tree.axpy(-1.0, theta, y)
-        gap = value - solved - tree.dot(apart, apart) / (2 * self.gamma)
+        gap = value - solved - problem.square(apart) / (2 * self.gamma)
 
         def lower(problem: BilevelProblem, x: Params) -> Params:
             d_y = tree.axpy(-1 / self.gamma, apart, problem.blend(weight).grad_g(x, y, t))

@@ -23,7 +23,8 @@ class SingleLoop(BilevelModule, ABC):
         **kwargs: settings of `BilevelModule`.
 
     Raises:
-        BilevelError: if lower_lr is not positive, or the task solves y anew for each episode.
+        BilevelError: if lower_lr is not positive, or the task solves y anew for each episode and does not store it, or
+            stores fewer than the data have tasks.
     """
 
     estimates_hypergradient = False
@@ -35,12 +36,24 @@ class SingleLoop(BilevelModule, ABC):
 
     @override
     def configure_model(self) -> None:
-        if not self.hooks.persistent_lower:
+        if not self.hooks.persistent_lower and not self.hooks.stored_lowers:
             raise BilevelError(
                 f"{type(self).__name__} moves y once in an upper iteration, so y must persist: set persistent_lower = "
-                "True, or use F2SA, BVFSM or RHG, which solve the lower level of each episode."
+                "True, or store those of the episodes (FewShot.stored_heads), or use F2SA, BVFSM or RHG, which solve "
+                "the lower level of each episode."
             )
         super().configure_model()
+
+    @override
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        stored: int = self.hooks.stored_lowers
+        tasks = getattr(getattr(self.trainer, "datamodule", None), "train_episodes", stored)
+        if stored and tasks != stored:
+            raise BilevelError(
+                f"{type(self).__name__} steps the y of a fixed set of tasks, each with its own data: the task stores "
+                f"{stored}, and data.train_episodes is {tasks}: set both to the same number."
+            )
 
     def move(self, problem: BilevelProblem, x: Params, y: Params, d_y: Params, share: float = 1.0) -> Params:
         """Returns ``prox(y - lr d_y)``, where d_y holds ``share`` times the lower loss."""

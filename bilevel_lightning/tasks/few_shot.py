@@ -51,6 +51,9 @@ class FewShot(BilevelTask):
     * naive, the last batch's heads for other tasks: N = episodes of a batch, on all processes.
     * full, each task its own: N = the data's ``train_episodes``.
 
+    Methods that step y once in an upper iteration (MEHA, V-PBGD, BOME, SOBA) need the full one: y is the heads of all N
+    tasks, and an iteration moves those of its episodes. What a method keeps beside y is kept for each head too.
+
     Args:
         body: network from images to features; with ``head: null`` the whole network, from images to logits.
         head: network from features to logits.
@@ -130,7 +133,7 @@ class FewShot(BilevelTask):
         self.regularizer, self.regularization = regularizer, regularization
         self.exponent, self.epsilon = exponent, epsilon
         self.adapted = [*tree.of(self.lower)]  # not frozen
-        self.stored_heads = stored_heads
+        self.stored_heads = self.stored_lowers = stored_heads
         self.stored = State(tree.repeat(tree.of(self.lower), stored_heads)) if stored_heads else None
 
     @override
@@ -153,6 +156,11 @@ class FewShot(BilevelTask):
         heads = {name: gather(t.detach()[None]) for name, t in lower.items()}
         for i, number in enumerate(gather(episode["episode"][None]).tolist()):
             self.stored.set(Row(number, {name: t[i] for name, t in heads.items()}))
+
+    @override
+    def stored_row(self, episode: dict[str, Any]) -> Tensor:
+        row: Tensor = episode["episode"]
+        return row
 
     @override
     def episodes(self, batch: dict[str, Any]) -> list[dict[str, Any]]:

@@ -66,8 +66,9 @@ def test_two_processes_keep_and_deliver_what_one_does(runs, name):
         assert torch.equal(first, second), key
         if key != "oracles":
             assert (first - want).abs().max() <= 1e-10 * (1.0 + want.double().abs().max()), key
-    if name.startswith("heads"):
-        stored = whole["state"]["task.stored.weight"]
+    tables = {"heads": ["task.stored.weight"], "twins": ["task.stored.weight", "states.theta.weight"]}
+    for key in tables.get(name.split()[0], ()):
+        stored = whole["state"][key]
         assert (stored != stored[:1]).flatten(1).any(1).sum() == len(stored) - 1  # each row was written, by its own
 
 

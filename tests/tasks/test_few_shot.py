@@ -37,6 +37,7 @@ from bilevel_lightning import (
     IAPTTGM,
     IMAML,
     MAML,
+    MEHA,
     RHG,
     AggregatedDescent,
     BilevelError,
@@ -802,11 +803,12 @@ class RidgeSine(FewShotRegression):
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
-def test_stored_heads_of_a_fixed_set_of_tasks_resume(tmp_path):
-    """Two passes over six waves; resumed in the middle, from the checkpoint's heads."""
+@pytest.mark.parametrize("algorithm", [BSGM, partial(BSGM, warm_start_linear=True), MEHA])
+def test_stored_heads_of_a_fixed_set_of_tasks_resume(algorithm, tmp_path):
+    """Two passes over six waves; resumed in the middle, from the checkpoint's heads and what is kept beside them."""
 
     def run(folder, resume=None):
-        module = BSGM(task=RidgeSine(6), lower_steps=3, dynamics=GradientDescent(0.05), upper_optimizer=sgd(0.01))
+        module = algorithm(task=RidgeSine(6), lower_steps=3, dynamics=GradientDescent(0.05), upper_optimizer=sgd(0.01))
         data = Sinusoid(shots=4, queries=5, episodes_per_batch=3, epoch_length=2, val_episodes=2, train_episodes=6)
         save = ModelCheckpoint(dirpath=folder, every_n_train_steps=3, save_top_k=-1, filename="{step}")
         trainer(4, callbacks=[save], enable_checkpointing=True).fit(
@@ -817,5 +819,7 @@ def test_stored_heads_of_a_fixed_set_of_tasks_resume(tmp_path):
     plain = run(tmp_path)
     resumed = run(tmp_path, tmp_path / "step=3.ckpt")
     assert all(torch.equal(t, resumed[name]) for name, t in plain.items())
-    heads = plain["task.stored.weight"]
-    assert len({tuple(row.flatten().tolist()) for row in heads}) == 6
+    stored = [t for name, t in plain.items() if name.endswith("weight") and ("stored" in name or "states" in name)]
+    assert len(stored) == (1 if algorithm is BSGM else 2)
+    for heads in stored:
+        assert len({tuple(row.flatten().tolist()) for row in heads}) == 6
