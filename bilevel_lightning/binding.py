@@ -13,6 +13,7 @@ from bilevel_lightning import tree
 from bilevel_lightning.derivatives import in_parts
 from bilevel_lightning.errors import BilevelError
 from bilevel_lightning.problem import BilevelProblem, Operator
+from bilevel_lightning.sharding import parts, whole
 from bilevel_lightning.task import Bilevel, Minibatches
 from bilevel_lightning.tree import Params
 
@@ -234,8 +235,11 @@ def bind(
 
     def prox(x: Params, y: Params, step: float | Tensor) -> Params:
         one = partial(task.prox_lower, own(x), step=step)
-        found: Params = one(y) if episodes is None else torch.func.vmap(one)(y)
-        return found
+        found: Params = one(whole(y)) if episodes is None else torch.func.vmap(one)(y)
+        return parts(found, y)
+
+    def at_whole(loss: Callable[[Params, Params], Any]) -> Callable[[Params, Params], Any]:
+        return lambda x, y: loss(x, whole(y))
 
     def nonsmooth(x: Params, y: Params) -> Tensor:
         one = partial(task.nonsmooth_lower, own(x))
@@ -253,10 +257,10 @@ def bind(
     mapped = hooks.fixed_point_map is not Bilevel.fixed_point_map
     shared = task.persistent_lower
     problem = BilevelProblem(
-        [in_turn(part, "upper_loss") for part in upper],
-        [in_turn(part, "lower_loss") for part in lower],
+        [at_whole(in_turn(part, "upper_loss")) for part in upper],
+        [at_whole(in_turn(part, "lower_loss")) for part in lower],
         prox=prox if constrained else None,
-        nonsmooth=nonsmooth if has_nonsmooth else None,
+        nonsmooth=at_whole(nonsmooth) if has_nonsmooth else None,
         fixed_point=[on(part, "fixed_point_map") for part in lower] if mapped else (),
         initial=initial if start_depends_on_x(task) else None,
         reduce=reduce if shared else None,
@@ -264,7 +268,7 @@ def bind(
         samples=([*map(number, lower)], [*map(number, upper)]),
         parts=batch.get("parts", {}) if isinstance(batch, dict) else {},
         episodes=episodes,
-        evaluate=lambda method, x, y: on(batch, method)(x, y),
+        evaluate=lambda method, x, y: on(batch, method)(x, whole(y)),
         enter=task.at_lower_step if hooks.at_lower_step is not Bilevel.at_lower_step else None,
     )
     return problem, {**x, **tree.detach(z)}, pull_back

@@ -37,7 +37,8 @@ def check_trainer(trainer: Trainer) -> None:
     if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
         raise BilevelError(
             f"{type(strategy).__name__} keeps a part of the parameters on each process, and hypergradients read "
-            "all of them: set trainer.strategy to ddp."
+            "all of them: set trainer.strategy to ddp, or for a method of first derivatives to sharded, which divides "
+            "y alone."
         )
     for callback in trainer.checkpoint_callbacks:
         if getattr(callback, "_train_time_interval", None) is not None:
@@ -139,14 +140,14 @@ def watched(task: Bilevel) -> Iterator[None]:
         BilevelError: if it is a parameter.
     """
     module: Any = task
-    kept = {name: p.detach().clone() for name, p in module.named_parameters()}
-    buffers = {name: t.clone() for name, t in module.named_buffers()}
+    kept = {name: p.detach().clone() for name, p in module.named_parameters() if not tree.divided(p)}
+    buffers = {name: t.clone() for name, t in module.named_buffers() if not tree.divided(t)}
     yield
-    changed = [name for name, p in module.named_parameters() if not _same(p, kept[name])]
+    changed = [name for name, p in module.named_parameters() if name in kept and not _same(p, kept[name])]
     if changed:
         with torch.no_grad():
             for name, p in module.named_parameters():
-                p.copy_(kept[name])
+                p.copy_(kept.get(name, p))
         raise BilevelError(f"A loss changes the parameters {changed} in place: compute new tensors from them instead.")
     moved = [name for name, t in module.named_buffers() if name in buffers and not _same(t, buffers[name])]
     if moved:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-from bilevel_lightning.tree import Params
+from bilevel_lightning.tree import Params, divided
 
 
 class _Mean(torch.autograd.Function):
@@ -39,6 +39,8 @@ def rank() -> int:
 def mean_over_processes(tree: Params, weight: int | None = None) -> Params:
     """Returns the average over all processes, with one collective per data type; differentiable.
 
+    Divided tensors (`sharding`), which are averages already, stay as they are.
+
     Lightning's DDP strategy does not see gradients taken with `torch.autograd.grad`, so every derivative of a loss over
     shared variables goes through here. With one process it returns its argument.
 
@@ -52,9 +54,9 @@ def mean_over_processes(tree: Params, weight: int | None = None) -> Params:
         weighted = {name: weight * t for name, t in tree.items()}
         total = mean_over_processes({**weighted, "": next(iter(tree.values())).new_tensor(float(weight))})
         return {name: total[name] / total[""] for name in tree}
-    out: Params = {}
-    for dtype in {t.dtype for t in tree.values()}:
-        part = {name: t for name, t in tree.items() if t.dtype == dtype}
+    out: Params = {name: t for name, t in tree.items() if divided(t)}
+    for dtype in {t.dtype for name, t in tree.items() if name not in out}:
+        part = {name: t for name, t in tree.items() if t.dtype == dtype and name not in out}
         flat = _Mean.apply(torch.cat([t.reshape(-1) for t in part.values()]))
         pieces = flat.split([t.numel() for t in part.values()])
         out.update({name: piece.view_as(t) for piece, (name, t) in zip(pieces, part.items(), strict=True)})

@@ -17,6 +17,7 @@ from bilevel_lightning.dynamics import Dynamics
 from bilevel_lightning.interval import Interval
 from bilevel_lightning.pickling import Picklable
 from bilevel_lightning.problem import BilevelProblem, Operator
+from bilevel_lightning.sharding import parts
 from bilevel_lightning.state import State
 from bilevel_lightning.task import Bilevel, BilevelTask
 from bilevel_lightning.tree import Params
@@ -51,7 +52,7 @@ class Evaluation(Picklable, LightningModule, Bilevel):
         if self.cold_start is not None:
             return self.cold_start.get()
         if self.hooks.persistent_lower:
-            return tree.detach(self.hooks.initial_lower(own(x)))
+            return tree.detach(parts(self.hooks.initial_lower(own(x)), tree.of(self.hooks.lower)))
         return tree.detach(self.hooks.episode_lower(own(x), episode))
 
     def adapt(self, problem: BilevelProblem, x: Params, y: Params) -> Iterator[Params]:

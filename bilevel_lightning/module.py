@@ -37,6 +37,7 @@ from bilevel_lightning.errors import BilevelError, positive
 from bilevel_lightning.evaluation import Evaluation
 from bilevel_lightning.problem import BilevelProblem
 from bilevel_lightning.schedules import Schedule
+from bilevel_lightning.sharding import whole
 from bilevel_lightning.state import Row, State
 from bilevel_lightning.task import Bilevel, BilevelTask, Draws, Minibatches
 from bilevel_lightning.tree import Params
@@ -126,6 +127,8 @@ class BilevelModule(Evaluation, ABC):
 
     least_lower_steps = 1
     compilable = False
+    divisible = False
+    """Whether y may be divided among processes (`sharding`), since no second derivatives are taken."""
     partitioned = False
     """Whether minibatches must be parts of a fixed partition of the samples, each part being remembered."""
     lower_loop = True
@@ -413,7 +416,7 @@ class BilevelModule(Evaluation, ABC):
         if due and full is not None:
             with self.aside():
                 logs = [
-                    {**step.logs, **diagnose(problem, z, y)}
+                    {**step.logs, **diagnose(problem, z, whole(y))}
                     for step, (problem, z), y in zip(steps, problems, lowers, strict=True)
                 ]
             means = {name: torch.cat([log[name].reshape(-1) for log in logs]).mean() for name in logs[0]}
@@ -423,7 +426,7 @@ class BilevelModule(Evaluation, ABC):
 
     def _check(self, episode: Any, x: Params, where: str = "on the first batch") -> None:
         """Looks at the losses: once, and again where an iteration ends in what is not finite."""
-        y = self.start_lower(x, episode)
+        y = whole(self.start_lower(x, episode))
         try:
             with self.aside(), watched(self.hooks):
                 problem, z, _ = self._bind(episode if self._checked else self._beginning(episode), x)
@@ -530,8 +533,8 @@ class BilevelModule(Evaluation, ABC):
         with self.aside(), torch.no_grad():
             for episode in episodes:
                 if self.hooks.persistent_lower:
-                    lower = split(episode)[0]
-                    self.hooks.lower_loss(lower[0] if isinstance(lower, Minibatches) else lower)
+                    lower, y = split(episode)[0], whole(tree.of(self.hooks.lower))
+                    call.at({}, y, "lower_loss", lower[0] if isinstance(lower, Minibatches) else lower)
                     continue
                 _, _, path = self.solved(episode)
                 x = tree.detach(self.upper_parameters())

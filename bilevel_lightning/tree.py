@@ -1,7 +1,7 @@
 """Arithmetic on named tensors, ``dict[str, Tensor]``: the form of ``x``, ``y`` and every derivative."""
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -43,14 +43,24 @@ def axpy(a: float | Tensor, x: Params, y: Params) -> Params:
 
 def dot(x: Params, y: Params) -> Tensor:
     """Returns the inner product, a scalar."""
-    return torch.stack([torch.sum(t * y[name]) for name, t in x.items()]).sum()
+    return _plain(torch.stack([torch.sum(t * y[name]) for name, t in x.items()]).sum())
 
 
 def norm(x: Params) -> Tensor:
     """Returns the Euclidean norm over all entries of all tensors, a scalar."""
     norms = torch.stack([torch.linalg.vector_norm(t) for t in x.values()])
-    total: Tensor = torch.linalg.vector_norm(norms)
-    return total
+    return _plain(torch.linalg.vector_norm(norms))
+
+
+def divided(t: Tensor) -> bool:
+    """Whether a tensor is a `DTensor`, of which each process has a part (`sharding`)."""
+    return hasattr(t, "full_tensor")
+
+
+def _plain(t: Any) -> Tensor:
+    """Returns a scalar over all parts of divided tensors as a usual one."""
+    plain: Tensor = t.full_tensor() if divided(t) else t
+    return plain
 
 
 def mean(trees: Sequence[Params], weights: Sequence[float] | None = None) -> Params:

@@ -34,6 +34,7 @@ class Mutation(NamedTuple):
 
 M = Mutation
 PROCESSES = "test_distributed.py::test_two_processes_with_half_the_batch_are_one_with_all_of_it"
+SHARDING = "test_sharding.py"
 FIRST = "algorithms/test_first_order.py"
 STOCHASTIC = "algorithms/test_stochastic.py"
 REWEIGHTING, REWEIGHTING_DATA = "tasks/test_reweighting.py", "datamodules/test_reweighting.py"
@@ -54,7 +55,8 @@ MUTATIONS = [
       "test_checkpoints.py::test_a_kill_during_a_write_leaves_the_file_before"),
     M("episodes-not-weighed", "distributed.py", "{name: weight * t for", "{name: t for",
       "algorithms/test_trust.py::test_two_processes_are_one_with_the_union_batch"),
-    M("in-place-unseen", "checks.py", "if not _same(p, kept[name])]", "if False]", "test_checks.py -k in_place"),
+    M("in-place-unseen", "checks.py", "if name in kept and not _same(p, kept[name])]", "if False]",
+      "test_checks.py -k in_place"),
     M("around-unseen", "checks.py", "if id(own[n]) in levels]", "if False]", "test_checks.py -k around"),
     M("graph-without-graph", "derivatives.py", "y, create_graph=True)[0]", "y)[0]",
       "test_derivatives.py::test_products"),
@@ -80,6 +82,11 @@ MUTATIONS = [
     M("gradient-not-reduced", "problem.py", "self._reduce(tree.grad(loss(", "(tree.grad(loss(", PROCESSES),
     M("product-not-reduced", "problem.py", "self._reduce(tree.vjp(", "(tree.vjp(", PROCESSES),
     M("cotangents-not-averaged", "distributed.py", "_Mean.apply(cotangents[0])", "cotangents[0]", PROCESSES),
+    M("divided-not-averaged", "sharding.py", "cotangent / ctx.mesh.size()", "cotangent", SHARDING),
+    M("prox-of-a-part", "binding.py", "one(whole(y))", "one(y)", SHARDING),
+    M("averaged-twice", "distributed.py", "tree.items() if divided(t)}", "tree.items() if False}", SHARDING),
+    M("checkpoints-of-parts", "sharding.py", "return dict(whole(super().lightning_module_state_dict()))",
+      "return super().lightning_module_state_dict()", SHARDING),
     M("directions-do-not-agree", "hypergradients/forward.py", "problem.agree(signs)", "signs", PROCESSES),
     M("map-product-is-transposed", "problem.py", "self._reduce(through[0])",
       "tree.vjp([*image.values()], [v[n] for n in image], y, retain_graph=True)[0]",

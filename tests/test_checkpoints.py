@@ -148,7 +148,7 @@ def test_strategies_that_part_the_parameters_are_refused():
         module.setup("fit")
     assert str(error.value) == (
         "FSDPStrategy keeps a part of the parameters on each process, and hypergradients read all of them: set "
-        "trainer.strategy to ddp."
+        "trainer.strategy to ddp, or for a method of first derivatives to sharded, which divides y alone."
     )
 
 

@@ -44,6 +44,8 @@ class BOME(SingleLoop):
         NeurIPS 2022.
     """
 
+    divisible = True
+
     def __init__(
         self, *, eta: float = 0.5, barrier: Barrier = "gradient", lower_lr: float | Schedule = 0.03, **kwargs: Any
     ) -> None:

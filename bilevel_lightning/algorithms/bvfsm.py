@@ -44,6 +44,7 @@ class BVFSM(BilevelModule):
         Optimization. TPAMI 2023.
     """
 
+    divisible = True
     estimates_hypergradient = False
 
     def __init__(

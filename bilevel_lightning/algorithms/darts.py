@@ -40,6 +40,8 @@ class DARTS(BilevelModule):
         H. Liu, K. Simonyan, Y. Yang. DARTS: Differentiable Architecture Search. ICLR 2019.
     """
 
+    divisible = True
+
     def __init__(self, *, order: Literal[1, 2] = 2, radius: float = 0.01, lower_steps: int = 1, **kwargs: Any) -> None:
         super().__init__(lower_steps=lower_steps, **kwargs)
         if order not in (1, 2):

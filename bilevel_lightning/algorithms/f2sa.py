@@ -40,6 +40,7 @@ class F2SA(BilevelModule):
         2023. Order 2: the p-th order differences of F2SA-p, arXiv 2509.02937, ICLR 2026.
     """
 
+    divisible = True
     upper_rates = "upper_optimizer.lr or dynamics.lr, or raise lower_steps"
 
     def __init__(self, *, gamma: float | Schedule = 10.0, order: Literal[1, 2] = 2, **kwargs: Any) -> None:

@@ -52,6 +52,7 @@ class MEHA(SingleLoop):
         and Hessian-Free Solution Strategy. ICML 2024.
     """
 
+    divisible = True
     side_by_side = True
 
     def __init__(

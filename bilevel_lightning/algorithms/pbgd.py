@@ -74,6 +74,8 @@ class VPBGD(PBGD):
         H. Shen, T. Chen. On Penalty-based Bilevel Gradient Descent Method. ICML 2023.
     """
 
+    divisible = True
+
     def __init__(
         self,
         *,

@@ -31,6 +31,8 @@ class PZOBO(BilevelModule):
         D. Sow, K. Ji, Y. Liang. On the Convergence Theory for Hessian-Free Bilevel Algorithms. NeurIPS 2022.
     """
 
+    divisible = True
+
     def __init__(self, *, directions: int = 10, radius: float = 0.1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.directions, self.radius = int(positive("directions", directions)), positive("radius", radius)

@@ -12,6 +12,7 @@ from typing_extensions import override
 from bilevel_lightning import tree
 from bilevel_lightning.errors import BilevelError, positive
 from bilevel_lightning.schedules import at
+from bilevel_lightning.sharding import whole
 from bilevel_lightning.tree import Params
 
 Measure = Literal["mapping", "relative"]
@@ -142,7 +143,7 @@ class ResidualStopping(Callback):
     def _variables(self, module: Any) -> list[Params]:
         """Returns x, and y where it counts."""
         both = self.measure == "mapping" and hasattr(module, "lower_lr")
-        return [module.upper_parameters(), tree.of(module.hooks.lower)] if both else [module.upper_parameters()]
+        return [module.upper_parameters(), whole(tree.of(module.hooks.lower))] if both else [module.upper_parameters()]
 
     @torch.no_grad()
     def _test(self, trainer: Trainer, module: LightningModule) -> None:
