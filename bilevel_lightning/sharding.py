@@ -5,6 +5,7 @@ along the first dimension. Sums and products of such trees need no other process
 (`tree`). A loss gets y whole, and its derivative comes back as a mean over processes, in parts.
 """
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -73,8 +74,14 @@ def check(module: Any) -> None:
 
     Raises:
         BilevelError: for methods with second derivatives, y that do not persist, and dynamics that are not made of
-            sums and products of trees alone, or learn settings.
+            sums and products of trees alone, or learn settings; and with torch 2.4.
     """
+    try:
+        importlib.import_module("torch.distributed.tensor").DTensor  # noqa: B018 (in torch 2.4 it lies elsewhere)
+    except (ImportError, AttributeError) as error:
+        raise BilevelError(
+            f"trainer.strategy sharded needs torch 2.5 or later, and this is {torch.__version__}: set it to ddp."
+        ) from error
     name = type(module).__name__
     if not getattr(module, "divisible", False):
         raise BilevelError(

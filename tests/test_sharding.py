@@ -1,8 +1,10 @@
 """One y divided between two processes: what one process gives, half of the memory, and refusals."""
 
 import os
+import sys
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -250,6 +252,12 @@ def test_all_else_is_refused(case, problem):
     with pytest.raises(BilevelError) as error:
         check(module)
     assert str(error.value) == reason
+
+
+def test_with_torch_2_4_it_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.distributed.tensor", ModuleType("torch.distributed.tensor"))
+    with pytest.raises(BilevelError, match="needs torch 2.5 or later, and this is .*: set it to ddp"):
+        check(made(FIRST[0], next(iter(PROBLEMS))))
 
 
 def test_a_run_is_refused_before_it_begins(pair):
