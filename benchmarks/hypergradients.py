@@ -11,12 +11,13 @@ Three hyper-cleaning problems on random images (only sizes matter), gradient des
 * the others: `bilevel_step` of the algorithm of that name (``ROWS``). Conjugate gradient, with damping 1, stops
   where g_yy + I is indefinite: on the ConvNet after 4 products.
 
-A first, untimed run of each row in float64 checks that the hypergradients that should be equal are (relative difference
-below 1e-8; in float32 the twenty steps on the ConvNet multiply rounding errors a thousandfold and more). Then, in
-float32, each round runs all rows once, in turn. Seconds are CPU seconds, on one thread of an idle machine the time on the
-clock, but not counting what other jobs take; they are medians over the rounds. Ratios are medians of each round's ratio
-to ``plain`` of the same round, which cancels slow changes of the machine's speed; below a table are such ratios of our
-rows to the hand-written ones and to `higher`. Products are those with g_yy, as `BilevelProblem.counts` has them.
+A first, untimed run of each row in float64 checks that the hypergradients that should be equal are (relative
+difference below 1e-8; in float32 the twenty steps on the ConvNet multiply rounding errors a thousandfold and more).
+Then, in float32, each round runs all rows once, in turn. Seconds are CPU seconds, on one thread of an idle machine
+the time on the clock, but not counting what other jobs take; they are medians over the rounds. Ratios are medians of
+each round's ratio to ``plain`` of the same round, which cancels slow changes of the machine's speed; below a table
+are such ratios of our rows to the hand-written ones and to `higher`. Products are those with g_yy, as
+`BilevelProblem.counts` has them.
 
 Peak memory: one run of each row in a fresh process, after a warm-up with T = 1. It is the high-water mark of resident
 memory (VmHWM, reset by writing 5 to /proc/self/clear_refs; Linux only) above the resident memory just before. In those
