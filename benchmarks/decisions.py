@@ -1,13 +1,14 @@
-"""Two decisions of docs/architecture.md, each beside its alternative, in the same run and on one thread.
+"""Three decisions of docs/architecture.md, each beside its alternative, in the same run and on one thread.
 
     python benchmarks/decisions.py [--rounds 21]
 
 * One step of ``memory: recompute`` evaluates (g_xy v, g_yy v) from (x, y) alone: from the slope of g along v (ours),
   by reverse over reverse, by forward over reverse (``memory: mixed``), or by reverse over forward as torch has it.
+* One step of ``memory: graph`` with products of layers in the order that a CPU is fast at (ours), or as they come.
 * One step of forward mode along 10 and 100 directions: the adjoint of the step differentiated in its cotangents
   (ours), or `vmap` of `torch.func.jvp` of the step.
 
-Both on hyper-cleaning of random images with a linear model. Each alternative is first checked to give the same numbers.
+All on hyper-cleaning of random images with a linear model. Each alternative is first checked to give the same numbers.
 Milliseconds are CPU time, medians over the rounds, in which all take turns; ratios to ours are medians of the rounds'.
 """
 
@@ -19,11 +20,11 @@ from functools import partial
 from statistics import median
 
 import torch
-from hypergradients import LR, Case, linear, seconds
+from hypergradients import LR, Case, linear, ours, seconds
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
-from bilevel_lightning import GradientDescent, tree
+from bilevel_lightning import RHG, GradientDescent, layers, tree
 from bilevel_lightning.binding import bind
 from bilevel_lightning.derivatives import PRODUCTS, Target
 from bilevel_lightning.hypergradients.forward import slopes
@@ -34,13 +35,13 @@ STEPS = 10
 
 def compare(title: str, ways: dict[str, Callable[[], Tensor]], per: int, rounds: int) -> None:
     """Prints one line; the first way is ours, and each call takes ``per`` steps."""
-    ours, *others = ways
-    expected = ways[ours]()
+    first, *others = ways
+    expected = ways[first]()
     for name in others:
         torch.testing.assert_close(ways[name](), expected, rtol=1e-3, atol=1e-6)
     times = [{name: 1e3 / per * seconds(time.process_time, way) for name, way in ways.items()} for _ in range(rounds)]
     cells = [
-        f"{name} {median(t[name] for t in times):.2f} ms ({median(t[name] / t[ours] for t in times):.2f})"
+        f"{name} {median(t[name] for t in times):.2f} ms ({median(t[name] / t[first] for t in times):.2f})"
         for name in ways
     ]
     print(f"{title}: {', '.join(cells)}")
@@ -69,6 +70,21 @@ def products(rounds: int) -> None:
     ways = {"slope": partial(by_rule, "recompute"), "reverse over reverse": reverse_over_reverse}
     others = {"forward over reverse": partial(by_rule, "mixed"), "reverse over forward": reverse_over_forward}
     compare("products", {**ways, **others}, 1, rounds)
+
+
+def layer(rounds: int) -> None:
+    """Compares two orders of the products of a differentiated step."""
+    case = Case("", LinearNet(), linear, (5000, 5000), STEPS)
+
+    def as_they_come() -> Tensor:
+        least, layers.ENTRIES = layers.ENTRIES, 10**12
+        try:
+            return ours(case, STEPS, RHG)
+        finally:
+            layers.ENTRIES = least
+
+    ways = {"the quick order": partial(ours, case, STEPS, RHG), "as they come": as_they_come}
+    compare("graph, a step", ways, STEPS, rounds)
 
 
 def flat(*parts: tree.Params) -> Tensor:
@@ -109,5 +125,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     torch.manual_seed(0)
     products(arguments.rounds)
+    layer(arguments.rounds)
     for directions in (10, 100):
         forward(directions, arguments.rounds)

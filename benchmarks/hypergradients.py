@@ -9,10 +9,12 @@ Three hyper-cleaning problems on random images (only sizes matter), gradient des
 * ``higher``: the same with the library `higher`;
 * ``neumann by hand``: the T lower steps, and the Neumann series with 20 products, hand-written;
 * the others: `bilevel_step` of the algorithm of that name (``ROWS``). Conjugate gradient, with damping 1, stops
-  where g_yy + I is indefinite: on the ConvNet after 4 products.
+  where g_yy + I is indefinite: on the ConvNet after 4 products. T-RHG keeps K = T / 5 steps. Forward-HG is for few
+  upper variables: its row has one weight for each of the ten classes instead of one for each image.
 
 A first, untimed run of each row in float64 checks that the hypergradients that should be equal are (relative
-difference below 1e-8; in float32 the twenty steps on the ConvNet multiply rounding errors a thousandfold and more).
+difference below 1e-8; Forward-HG's to the sums over the classes; in float32 the twenty steps on the ConvNet multiply
+rounding errors a thousandfold and more).
 Then, in float32, each round runs all rows once, in turn. Seconds are CPU seconds, on one thread of an idle machine
 the time on the clock, but not counting what other jobs take; they are medians over the rounds. Ratios are medians of
 each round's ratio to ``plain`` of the same round, which cancels slow changes of the machine's speed; below a table
@@ -39,6 +41,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -52,13 +55,34 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader
 
-from bilevel_lightning import AID, DARTS, FG2U, PZOBO, RHG, BilevelModule, GradientDescent, tree
+from bilevel_lightning import (
+    AID,
+    DARTS,
+    FG2U,
+    PZOBO,
+    RHG,
+    SAMA,
+    TRHG,
+    Adam,
+    BilevelModule,
+    ForwardHG,
+    GradientDescent,
+    tree,
+)
 from bilevel_lightning.binding import bind
-from bilevel_lightning.linear_solvers import ConjugateGradient, FixedPointIteration, LinearSolver, Neumann, Nystrom
+from bilevel_lightning.linear_solvers import (
+    ConjugateGradient,
+    FixedPointIteration,
+    LinearSolver,
+    Neumann,
+    NormalConjugateGradient,
+    Nystrom,
+    Stochastic,
+)
 from bilevel_lightning.models import ConvNet, LinearNet, MLPNet
 from bilevel_lightning.tasks.hyper_cleaning import HyperCleaning
 
-LR, PRODUCTS = 0.1, 20
+LR, PRODUCTS, CLASSES = 0.1, 20, 10
 TIME_TARGETS = {("linear", "RHG graph"): "<= 1.85", ("linear", "RHG recompute"): "<= 2.7"}
 MEMORY_TARGETS = {("convnet", "RHG recompute"): "<= 0.125"}
 
@@ -70,7 +94,7 @@ class Case:
         self.title, self.model, self.by_hand, self.steps = title, model, by_hand, steps
         self.products = 0
         self.task, self.x = HyperCleaning(model, samples[0]), torch.zeros(samples[0], requires_grad=True)
-        images, labels = ([torch.rand(n, 1, 28, 28) for n in samples], [torch.randint(10, (n,)) for n in samples])
+        images, labels = ([torch.rand(n, 1, 28, 28) for n in samples], [torch.randint(CLASSES, (n,)) for n in samples])
         self.batch = {"lower": (images[0], labels[0], torch.arange(samples[0])), "upper": (images[1], labels[1])}
 
     def start(self) -> list[Tensor]:
@@ -152,9 +176,24 @@ def ours(case: Case, steps: int, algorithm: type[BilevelModule], **settings: obj
     """Computes the hypergradient by one of our algorithms."""
     x, y = tree.detach(tree.of(case.task.upper)), tree.detach(tree.of(case.task.lower))
     problem, x, pull_back = bind(case.task, case.batch, x)
-    module = algorithm(dynamics=GradientDescent(LR), lower_steps=steps, **settings)
+    module = algorithm(**{"dynamics": GradientDescent(LR), "lower_steps": steps, **settings})
     gradient = pull_back(module.bilevel_step(problem, x, y).upper_grad)["logits"]
     case.products = problem.counts["hessian_products"]
+    return gradient
+
+
+def truncated(case: Case, steps: int) -> Tensor:
+    """Differentiates the last fifth of the lower steps."""
+    return ours(case, steps, TRHG, truncation=max(1, steps // 5))
+
+
+def by_class(case: Case, steps: int) -> Tensor:
+    """Computes the derivatives in the weights of the classes, by forward mode."""
+    images, labels, _ = case.batch["lower"]
+    few = copy(case)
+    few.task, few.batch = HyperCleaning(case.model, CLASSES), {**case.batch, "lower": (images, labels, labels)}
+    gradient = ours(few, steps, ForwardHG)
+    case.products = few.products
     return gradient
 
 
@@ -173,6 +212,7 @@ CASES: dict[str, Callable[[], Case]] = {
 EQUAL = [
     *((row, "loop") for row in ("higher", "RHG graph", "RHG recompute", "RHG mixed")),
     *((row, "neumann by hand") for row in ("AID Neumann, 20", "AID fixed point, 21")),
+    ("Forward-HG, 10 variables", "loop, by class"),
 ]
 BESIDE = [("RHG graph", "loop"), ("RHG graph", "higher"), ("AID Neumann, 20", "neumann by hand")]
 ROWS: dict[str, Callable[[Case, int], Tensor | list[Tensor]]] = {
@@ -182,13 +222,18 @@ ROWS: dict[str, Callable[[Case, int], Tensor | list[Tensor]]] = {
     "RHG graph": partial(ours, algorithm=RHG),
     "RHG recompute": partial(ours, algorithm=RHG, memory="recompute"),
     "RHG mixed": partial(ours, algorithm=RHG, memory="mixed"),
+    "T-RHG, K = T / 5": truncated,
+    "Forward-HG, 10 variables": by_class,
     "FG2U, 1 direction": partial(ours, algorithm=FG2U, directions=1),
     "neumann by hand": neumann_by_hand,
     "AID Neumann, 20": solved(Neumann(PRODUCTS)),
     "AID fixed point, 21": solved(FixedPointIteration(PRODUCTS + 1, tol=0.0)),
     "AID CG, 20": solved(ConjugateGradient(PRODUCTS, tol=0.0, damping=1.0)),
+    "AID normal CG, 10": solved(NormalConjugateGradient(PRODUCTS // 2, tol=0.0, damping=1.0)),
+    "AID SGD, 20": solved(Stochastic(PRODUCTS, lambda v: torch.optim.SGD(v, lr=LR))),
     "AID Nystroem, 20": solved(Nystrom(PRODUCTS)),
     "DARTS": partial(ours, algorithm=DARTS),
+    "SAMA": partial(ours, algorithm=SAMA, dynamics=Adam(0.01)),
     "PZOBO, 1 direction": partial(ours, algorithm=PZOBO, directions=1),
 }
 
@@ -196,6 +241,7 @@ ROWS: dict[str, Callable[[Case, int], Tensor | list[Tensor]]] = {
 def check(case: Case) -> None:
     """Runs every row once, in the precision of the case, and raises if the hypergradients differ."""
     found = {row: function(case, case.steps) for row, function in ROWS.items()}
+    found["loop, by class"] = torch.zeros(CLASSES).index_add(0, case.batch["lower"][1], found["loop"])
     for row, peer in EQUAL:
         difference = float((found[row] - found[peer]).norm() / found[peer].norm())
         print(f"{case.title}: relative difference of {row} and {peer}: {difference:.1e}")

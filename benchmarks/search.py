@@ -3,9 +3,10 @@
 Prints a table row for each: trials, complete, pruned, failed, lost and done again, the best validation accuracy and the
 test accuracy with its weights in %, CPU and wall seconds.
 
-    python benchmarks/search.py [folder]
+    python benchmarks/search.py [folder] [--only digits_trhg ...] [--storage URL]
 """
 
+import argparse
 import csv
 import os
 import resource
@@ -38,14 +39,14 @@ def trials(url: str, name: str) -> tuple[list[optuna.trial.FrozenTrial], int]:
     return counted(study), len(lost(study.get_trials()))
 
 
-def main(root: Path) -> None:
-    """Runs all studies."""
+def main(root: Path, only: list[str], storage: str | None) -> None:
+    """Runs the studies."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     root.mkdir(parents=True, exist_ok=True)
-    url = f"sqlite:///{root / 'studies.db'}"
+    url = storage or f"sqlite:///{root / 'studies.db'}"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole = time.perf_counter()
-    for config, (space, steps) in STUDIES.items():
+    for config, (space, steps) in ((name, STUDIES[name]) for name in only):
         command = [
             sys.executable, "-c", "from bilevel_lightning.cli import search; search()",
             "--config", f"hyper_cleaning/{config}", "--space", space, "--trials", str(TRIALS), "--storage", url,
@@ -84,4 +85,9 @@ def cpu() -> float:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/benchmark_search"))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("runs/benchmark_search"))
+    parser.add_argument("--only", nargs="+", choices=STUDIES, default=list(STUDIES))
+    parser.add_argument("--storage", help="where the studies are kept; default: an SQLite file in the folder")
+    args = parser.parse_args()
+    main(args.folder, args.only, args.storage)

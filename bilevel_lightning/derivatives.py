@@ -25,6 +25,7 @@ from typing_extensions import override
 from bilevel_lightning import randomness, tree
 from bilevel_lightning.directional import slope
 from bilevel_lightning.errors import BilevelError
+from bilevel_lightning.layers import quick
 from bilevel_lightning.tree import Params
 
 Loss: TypeAlias = Callable[[Params, Params], Tensor]
@@ -64,7 +65,7 @@ def gradient(target: Target, x: Params, y: Params, rule: Rule) -> Params:
     if rule == "graph":
         with torch.enable_grad(), PlainAttention():
             y = {name: t if t.requires_grad else t.detach().requires_grad_() for name, t in y.items()}
-            return tree.grad(target.loss(x, y), y, create_graph=True)[0]
+            return tree.grad(target.loss(x, quick(y)), y, create_graph=True)[0]
     found = _Gradient.apply(target, rule, (list(x), list(y)), *x.values(), *y.values())
     return dict(zip(y, found, strict=True))
 

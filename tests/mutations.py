@@ -83,6 +83,8 @@ MUTATIONS = [
     M("product-not-reduced", "problem.py", "self._reduce(tree.vjp(", "(tree.vjp(", PROCESSES),
     M("cotangents-not-averaged", "distributed.py", "_Mean.apply(cotangents[0])", "cotangents[0]", PROCESSES),
     M("divided-not-averaged", "sharding.py", "cotangent / ctx.mesh.size()", "cotangent", SHARDING),
+    M("quick-layer-without-bias", "layers.py", "else product + bias", "else product",
+      "test_layers.py::test_values_and_derivatives"),
     M("prox-of-a-part", "binding.py", "one(whole(y))", "one(y)", SHARDING),
     M("averaged-twice", "distributed.py", "tree.items() if divided(t)}", "tree.items() if False}", SHARDING),
     M("checkpoints-of-parts", "sharding.py", "return dict(whole(super().lightning_module_state_dict()))",

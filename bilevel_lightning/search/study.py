@@ -18,6 +18,7 @@ from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.engine import make_url
 from typing_extensions import override
 
 from bilevel_lightning.errors import BilevelError
@@ -32,6 +33,8 @@ PRUNERS: dict[str, Callable[[], BasePruner]] = {
     "median": MedianPruner,
     "halving": SuccessiveHalvingPruner,
 }
+DRIVERS = {"psycopg": "'psycopg[binary]'", "psycopg2": "psycopg2-binary", "mysqldb": "mysqlclient"}
+"""Where a driver's package has another name."""
 ATTEMPTS = 3  # a trial whose process ends each time is given up
 
 
@@ -92,8 +95,11 @@ def storage(url: str) -> BaseStorage:
             return RDBStorage(url)
         return _sqlite(url)
     except ImportError as error:
+        driver = make_url(url).get_dialect().driver  # of postgresql:// psycopg or psycopg2, by SQLAlchemy's version
+        package = DRIVERS.get(driver, driver)
         raise BilevelError(
-            f"--storage {shown(url)} needs a data base driver; for postgresql: pip install psycopg2-binary."
+            f"--storage {shown(url)} needs the data base driver {driver}: pip install {package}, or name one that is "
+            "installed, as in postgresql+psycopg2://..."
         ) from error
     except Exception as error:
         raise BilevelError(f"--storage {shown(url)} cannot be opened: {' '.join(str(error).split())}") from error

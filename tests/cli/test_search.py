@@ -139,8 +139,13 @@ def begin(url, **settings):
     return open_study(url=url, **{**common, **settings})
 
 
-@pytest.fixture(params=["sqlite:///s.db", "journal:s.log"])
+POSTGRES = os.environ.get("BILEVEL_POSTGRES_URL")  # a data base for tests, where there is one
+
+
+@pytest.fixture(params=["sqlite:///s.db", "journal:s.log", *([POSTGRES] if POSTGRES else [])])
 def url(request):
+    if request.param == POSTGRES and "s" in optuna.get_all_study_names(POSTGRES):
+        optuna.delete_study(study_name="s", storage=POSTGRES)
     return request.param
 
 
@@ -289,7 +294,14 @@ def test_a_study_is_not_continued_with_other_settings(url):
     [
         ("nothing://x", "--storage nothing://x cannot be opened: .*"),
         ("journal:/nowhere/x.log", "--storage journal:/nowhere/x.log cannot be opened: .*"),
-        ("mysql://u:p@h/d", "--storage mysql://u:...@h/d needs a data base driver"),
+        (
+            "mysql://u:p@h/d",
+            "--storage mysql://u:...@h/d needs the data base driver mysqldb: pip install mysqlclient, or",
+        ),
+        (
+            "postgresql+asyncpg://u:p@h/d",
+            "--storage postgresql.asyncpg://u:...@h/d needs the data base driver asyncpg: pip install asyncpg, or",
+        ),
     ],
 )
 def test_storages_that_cannot_be_opened(wrong, message):
