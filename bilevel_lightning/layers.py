@@ -19,7 +19,12 @@ OUTPUTS, INPUTS, ENTRIES = range(8, 17), 256, 1_000_000
 
 
 def quick(y: Params) -> Params:
-    """Returns y with the weights of such layers marked; the values, and what is computed of them, are the same."""
+    """Returns y with the weights of such layers marked; the values, and what is computed of them, are the same.
+
+    Where a dispatch mode listens, as in recording (`compiled`), there are no marks: modes know plain tensors only.
+    """
+    if torch._C._len_torch_dispatch_stack():
+        return y
     return {name: _Weight.of(t) if _suits(t) else t for name, t in y.items()}
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from problems import relative
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
 from bilevel_lightning import RHG, GradientDescent, layers, tree
@@ -61,6 +62,16 @@ def test_other_layers_are_left_alone(taken):
     assert not taken
     layers.INPUTS = 30
     functional.linear(Z, quick({"w": W})["w"])
+    assert taken
+
+
+def test_recordings_have_plain_layers(taken):
+    def function(w):
+        return functional.linear(Z, quick({"w": w})["w"]).square()
+
+    recorded = make_fx(function)(W)
+    assert not taken
+    torch.testing.assert_close(recorded(2 * W), function(2 * W))
     assert taken
 
 
