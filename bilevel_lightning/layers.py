@@ -2,7 +2,7 @@ r"""Linear layers of many samples and some ten outputs, with their products in t
 
 ``z W^T`` is taken as ``(W z^T)^T``, and likewise ``z U^T``, which comes up where the weight's gradient ``r^T z`` is
 differentiated along U. Autograd chooses the order of the latter by how ``r^T`` lies in memory, which is why the layer
-has a derivative of its own here. Measured in docs/benchmarks.md; with fewer or more outputs nothing is gained.
+has a derivative of its own here. `python benchmarks/order.py` measures which layers gain.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from bilevel_lightning.tree import Params
 
-OUTPUTS, INPUTS, ENTRIES = range(8, 17), 256, 1_000_000
+OUTPUTS, INPUTS, ENTRIES = range(8, 16), 512, 1_000_000
 """Of the layers that gain: numbers of outputs, least number of inputs, and least number of entries of z."""
 
 
