@@ -25,27 +25,48 @@ def check_trainer(trainer: Trainer) -> None:
     """Refuses settings of the trainer that bilevel runs cannot keep.
 
     Raises:
-        BilevelError: for fp16, for strategies that divide the parameters, and for checkpoints by time that manual
-            optimization never writes.
+        BilevelError: for fp16 and for parameters in bfloat16, for strategies that divide the parameters, and for what
+            does nothing or cannot run.
     """
     if trainer.precision in ("16-mixed", "16-true"):
         raise BilevelError(
             f"precision {trainer.precision} cannot be used: its loss scaling does not reach hypergradients. "
             "Choose 32-true, 64-true or bf16-mixed."
         )
-    strategy = trainer.strategy
-    if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+    if trainer.precision in ("bf16-true", "transformer-engine", "transformer-engine-float16"):
         raise BilevelError(
-            f"{type(strategy).__name__} keeps a part of the parameters on each process, and hypergradients read "
-            "all of them: set trainer.strategy to ddp, or for a method of first derivatives to sharded, which divides "
-            "y alone."
+            f"precision {trainer.precision} would keep x and y in bfloat16 or less, which rounds small steps away. "
+            "Choose 32-true, 64-true or bf16-mixed; models.Autocast makes the evaluation of a network cheaper."
         )
+    if trainer.check_val_every_n_epoch == 0:
+        raise BilevelError(
+            "trainer.check_val_every_n_epoch must be at least 1, got 0; limit_val_batches 0 leaves it out."
+        )
+    check_strategy(trainer.strategy)
     for callback in trainer.checkpoint_callbacks:
         if getattr(callback, "_train_time_interval", None) is not None:
             raise BilevelError(
                 "ModelCheckpoint.train_time_interval does nothing in manual optimization: use the callback "
                 "SaveEvery(seconds) instead."
             )
+
+
+def check_strategy(strategy: Any) -> None:
+    """Refuses strategies, by name or as such, that divide all parameters.
+
+    Raises:
+        BilevelError: for these.
+    """
+    if isinstance(strategy, str):
+        name, divides = strategy, strategy.startswith(("fsdp", "deepspeed", "model_parallel"))
+    else:
+        name = type(strategy).__name__
+        divides = isinstance(strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy)
+    if divides:
+        raise BilevelError(
+            f"{name} keeps a part of the parameters on each process, and hypergradients read all of them: set "
+            "trainer.strategy to ddp, or for a method of first derivatives to sharded, which divides y alone."
+        )
 
 
 def output_shape(model: nn.Module, inputs: Tensor) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
+from traceback import walk_tb
 
 import torch
 from jsonargparse import set_parsing_settings
@@ -130,6 +131,16 @@ def checkpoint_settings(path: str) -> list[str]:
     return args
 
 
+def _of_lightning(error: BaseException) -> bool:
+    """Whether Lightning found fault with what the command line gave it, no other code being between the two."""
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__)]
+    others = [
+        not name.startswith(("pytorch_lightning.", "lightning_fabric.", "lightning_utilities.")) for name in frames
+    ]
+    last = max((i for i, other in enumerate(others) if other), default=-1)
+    return 0 <= last < len(frames) - 1 and frames[last].startswith("bilevel_lightning.cli.")
+
+
 def explain(error: BaseException) -> str | None:
     """Returns what a person should read of an error, or None where it is not theirs to mend.
 
@@ -140,7 +151,7 @@ def explain(error: BaseException) -> str | None:
         cause = cause.__cause__ or cause.__context__
     if cause is not None:
         return str(cause)
-    if not isinstance(error, ArgumentError | MisconfigurationException):
+    if not isinstance(error, ArgumentError | MisconfigurationException) and not _of_lightning(error):
         return None
     text = str(getattr(error, "message", error))
     if denied := re.search(r"Importing '(([^.']+)[^']*)' is not allowed", text):

@@ -33,6 +33,7 @@ from bilevel_lightning import (  # noqa: F401
     schedules,
     tasks,
 )
+from bilevel_lightning.checks import check_strategy
 from bilevel_lightning.cli.arguments import CONFIGS, DEFAULT, complete, explain, newest, restrict, shipped_configs
 from bilevel_lightning.module import BilevelModule
 from bilevel_lightning.retraining import Retraining  # noqa: F401
@@ -100,10 +101,20 @@ class BilevelCLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self._get(self.config_init, "trainer")
+        if isinstance(self.model, BilevelModule):
+            check_strategy(settings["strategy"])
         if settings["barebones"]:
-            return super().instantiate_trainer(**kwargs, log_every_n_steps=None)  # nothing may be logged
-        if settings["fast_dev_run"]:
-            return super().instantiate_trainer(**kwargs)
+            kwargs["log_every_n_steps"] = None  # nothing may be logged
+        elif not settings["fast_dev_run"]:
+            kwargs |= self._what_is_shown_and_kept(settings)
+        return super().instantiate_trainer(**kwargs)
+
+    def _what_is_shown_and_kept(self, settings: Any) -> dict[str, Any]:
+        """Returns the loggers and callbacks of a run, whose folder can be written to.
+
+        Raises:
+            BilevelError: if it cannot.
+        """
         root = Path(settings["default_root_dir"])
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -113,14 +124,15 @@ class BilevelCLI(LightningCLI):
             raise BilevelError(
                 f"Cannot write to trainer.default_root_dir {root}: {error.strerror}. Name another."
             ) from error
+        found: dict[str, Any] = {}
         if settings["logger"] in (None, True):
             tensorboard = TensorBoardLogger(str(root), self.run_name, self.version, default_hp_metric=False)
-            kwargs["logger"] = [tensorboard, CSVLogger(str(root), name=self.run_name, version=tensorboard.version)]
+            found["logger"] = [tensorboard, CSVLogger(str(root), name=self.run_name, version=tensorboard.version)]
         given = settings["callbacks"] if isinstance(settings["callbacks"], list) else [settings["callbacks"]]
         given = [callback for callback in given if callback is not None]
         if settings["enable_progress_bar"] in (None, True) and not any(isinstance(c, ProgressBar) for c in given):
             given.append(TQDMProgressBar())
-        return super().instantiate_trainer(**kwargs, callbacks=given)
+        return {**found, "callbacks": given}
 
     def before_fit(self) -> None:
         """Says where the run is written."""
@@ -203,7 +215,7 @@ def launch(cli: type[BilevelCLI], program: str, args: list[str] | None, **settin
     """Runs a command; ends the process with status 2 and one message where a person has to mend something."""
     try:
         return start(cli, args, **settings)
-    except (ValueError, MisconfigurationException, ArgumentError) as error:
+    except (ValueError, TypeError, ImportError, MisconfigurationException, ArgumentError) as error:
         message = explain(error)
         if message is None:
             raise

@@ -382,13 +382,20 @@ def test_an_unused_upper_variable_is_named():
     assert task.upper.idle.tolist() == [0, 0]
 
 
-def test_half_precision_with_a_scaler_is_refused():
+@pytest.mark.parametrize(
+    ("precision", "message"),
+    [
+        ("16-mixed", "precision 16-mixed cannot be used: its loss scaling does not reach hypergradients"),
+        ("bf16-true", "precision bf16-true would keep x and y in bfloat16 or less, which rounds small steps away"),
+    ],
+)
+def test_precisions_that_hypergradients_cannot_have_are_refused(precision, message):
     module = RHG(task=Quadratic())
     run = trainer(1)
     run.strategy._lightning_module = module
     module.trainer = run
-    run._accelerator_connector.precision_plugin.precision = "16-mixed"
-    with pytest.raises(BilevelError, match="precision 16-mixed cannot be used"):
+    run._accelerator_connector.precision_plugin.precision = precision
+    with pytest.raises(BilevelError, match=message):
         module.setup("fit")
 
 

@@ -8,11 +8,13 @@ import files
 import pytest
 import torch
 import yaml
+from pytorch_lightning import Trainer
 
 from bilevel_lightning import RHG, BilevelError
 from bilevel_lightning.cli import fit, shipped_configs
 from bilevel_lightning.cli.arguments import complete, config_path
 from bilevel_lightning.models import Genotype
+from bilevel_lightning.tasks import HyperCleaning
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 QUICK = [
@@ -440,6 +442,11 @@ def test_module_and_script_are_the_command_line():
         (["--model", "Nothing"], "Nothing"),
         (["--ckpt_path", "nothing.ckpt"], "--ckpt_path nothing.ckpt does not exist."),
         (["--trainer.gradient_clip_val", "1"], "Automatic gradient clipping is not supported for manual optimization"),
+        (["--trainer.strategy", "nothing"], "You selected an invalid strategy name: `strategy='nothing'`."),
+        (["--trainer.strategy", "fsdp"], "fsdp keeps a part of the parameters on each process"),
+        (["--trainer.devices", "-5"], "`devices` selected with `CPUAccelerator` should be an int > 0."),
+        (["--trainer.val_check_interval", "1000"], "`val_check_interval` (1000) must be less than or equal to"),
+        (["--trainer.check_val_every_n_epoch", "0"], "trainer.check_val_every_n_epoch must be at least 1, got 0"),
         (["--data", "DigitsCleaning"], "the following arguments are required: fit.model"),
         (["--trainer.default_root_dir", "/proc/nowhere"], "Cannot write to trainer.default_root_dir /proc/nowhere"),
         (
@@ -450,6 +457,15 @@ def test_module_and_script_are_the_command_line():
 )
 def test_mistakes_end_in_one_message(capsys, args, message):
     assert message in failure(capsys, *args)
+
+
+def test_errors_that_are_nobodys_mistake_are_raised(monkeypatch):
+    def broken(*args):
+        return Trainer(max_steps="many")  # Lightning's complaint, but about what another one gave it
+
+    monkeypatch.setattr(HyperCleaning, "lower_loss", broken)
+    with pytest.raises((TypeError, ValueError)):
+        run()
 
 
 def test_a_config_of_a_future_version(capsys):
