@@ -70,12 +70,13 @@ def check_strategy(strategy: Any) -> None:
 
 
 def output_shape(model: nn.Module, inputs: Tensor) -> tuple[int, ...]:
-    """Returns the shape of what a task's model gives for the first of ``inputs`` alone.
+    """Returns the shape of what a task's model gives for the first of ``inputs`` alone, in evaluation mode.
 
     Raises:
         BilevelError: if it does not accept that.
     """
-    like = next(model.parameters(), torch.empty(0))
+    like, modes = next(model.parameters(), torch.empty(0)), [(m, m.training) for m in model.modules()]
+    model.eval()  # batch normalisation takes one sample, and keeps its statistics
     try:
         with torch.no_grad():
             first = inputs[:1].to(like) if inputs.is_floating_point() else inputs[:1].to(like.device)
@@ -86,6 +87,9 @@ def output_shape(model: nn.Module, inputs: Tensor) -> tuple[int, ...]:
             f"task.model does not accept {kind} of shape {tuple(inputs.shape[1:])} ({error}); set its "
             f"{'image_shape' if inputs.ndim == 4 else 'sizes'} to the data's."
         ) from error
+    finally:
+        for m, training in modes:
+            m.training = training
 
 
 def check_classifier(model: nn.Module, images: Tensor, classes: int) -> None:

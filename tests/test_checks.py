@@ -8,6 +8,7 @@ from pytorch_lightning import Callback
 from torch import nn
 
 from bilevel_lightning import AIDCG, RHG, SOBA, BilevelError, BilevelTask, GradientDescent, tree
+from bilevel_lightning.checks import check_classifier
 
 
 def sgd(lr):
@@ -256,3 +257,16 @@ def test_compiled_modules():
         "lower is compiled by torch.compile: it has no second derivatives, and would be compiled again for each value "
         "of its parameters. Give the plain module; RHG has compile."
     )
+
+
+def test_a_model_is_tried_on_one_sample_without_a_trace():
+    """Batch normalisation takes no single sample in training mode, and would keep its statistics."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Dropout(0.5), nn.Linear(3, 2))
+    model[3].eval()
+    before = tree.clone(model.state_dict())
+    check_classifier(model, torch.rand(5, 1, 2, 2), 2)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert [m.training for m in model] == [True, True, True, False, True]
+    with pytest.raises(BilevelError, match=r"does not accept images of shape \(1, 3, 3\)"):
+        check_classifier(model, torch.rand(5, 1, 3, 3), 2)
+    assert model.training
