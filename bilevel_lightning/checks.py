@@ -38,10 +38,9 @@ def check_trainer(trainer: Trainer) -> None:
             f"precision {trainer.precision} would keep x and y in bfloat16 or less, which rounds small steps away. "
             "Choose 32-true, 64-true or bf16-mixed; models.Autocast makes the evaluation of a network cheaper."
         )
-    if trainer.check_val_every_n_epoch == 0:
-        raise BilevelError(
-            "trainer.check_val_every_n_epoch must be at least 1, got 0; limit_val_batches 0 leaves it out."
-        )
+    for name in ("check_val_every_n_epoch", "val_check_interval"):
+        if getattr(trainer, name) == 0:
+            raise BilevelError(f"trainer.{name} must be positive, got 0; limit_val_batches: 0 leaves validations out.")
     check_strategy(trainer.strategy)
     for callback in trainer.checkpoint_callbacks:
         if getattr(callback, "_train_time_interval", None) is not None:

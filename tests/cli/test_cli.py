@@ -446,7 +446,8 @@ def test_module_and_script_are_the_command_line():
         (["--trainer.strategy", "fsdp"], "fsdp keeps a part of the parameters on each process"),
         (["--trainer.devices", "-5"], "`devices` selected with `CPUAccelerator` should be an int > 0."),
         (["--trainer.val_check_interval", "1000"], "`val_check_interval` (1000) must be less than or equal to"),
-        (["--trainer.check_val_every_n_epoch", "0"], "trainer.check_val_every_n_epoch must be at least 1, got 0"),
+        (["--trainer.val_check_interval", "0"], "trainer.val_check_interval must be positive, got 0"),
+        (["--trainer.check_val_every_n_epoch", "0"], "trainer.check_val_every_n_epoch must be positive, got 0"),
         (["--data", "DigitsCleaning"], "the following arguments are required: fit.model"),
         (["--trainer.default_root_dir", "/proc/nowhere"], "Cannot write to trainer.default_root_dir /proc/nowhere"),
         (

@@ -25,6 +25,14 @@ STARTED = ("MAML", "FOMAML", "ANIL", "MetaSGD", "Reptile", "IMAML")  # they need
 INTEGERS = st.sampled_from([-1, 0, 1, 2, 5, 21, 10**12])
 FLOATS = st.sampled_from([-1.0, 0.0, 1e-300, 1e-8, 0.1, 1.0, 3.0, 1e30, float("inf"), float("nan")])
 SLOW = {"lower_steps", "evaluation_steps", "directions", "upper_iterations", "steps", "chunk", "multi_step"}
+TRAINER = {
+    "strategy": ["fsdp", "nothing", "single_xla"], "devices": [-5, 0, "x"], "num_nodes": [0, -1],
+    "val_check_interval": [-1, 0, 0.5, 1, 1.5, 1000], "check_val_every_n_epoch": [-1, 0, 1],
+    "limit_train_batches": [-1, 0, 1, 1.5], "limit_val_batches": [-1, 0, 0.5, 1.5], "overfit_batches": [-1, 1, 0.5],
+    "log_every_n_steps": [-1, 0, 7], "num_sanity_val_steps": [-1, 2], "max_epochs": [-5, 0, 1], "min_steps": [-1, 1],
+    "max_time": ["x", "00:00:01:00"], "accumulate_grad_batches": [0, 2], "gradient_clip_val": [0.0, 1.0],
+    "fast_dev_run": [True, -1], "precision": ["bf16-true", "8"], "profiler": ["x"], "detect_anomaly": [True],
+}  # fmt: skip
 LEFT = {"task", "compile", "upper_scheduler", "upper_optimizer", "dynamics", "evaluation_dynamics"}
 
 
@@ -95,6 +103,9 @@ def configs(draw):
         "precision": draw(st.sampled_from(["32-true", "64-true", "bf16-mixed"] * 3 + ["16-true"])),
         "callbacks": [{"class_path": "CleaningReport", "init_args": {"steps": 1}}],
     }  # fmt: skip
+    if draw(st.sampled_from([True, False, False])):
+        setting = draw(st.sampled_from(sorted(TRAINER)))
+        trainer[setting] = draw(st.sampled_from(TRAINER[setting]))
     return {"model": {"class_path": name, "init_args": model}, "data": data, "trainer": trainer}
 
 
