@@ -72,7 +72,7 @@ def memory(*command: str) -> float:
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", help="folder of the data", required=True)
+    parser.add_argument("--root", required=True, help="folder of the data")
     parser.add_argument("--rounds", type=int, default=5, help="timed runs of each row (default 5)")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
