@@ -209,7 +209,7 @@ def equal(runs: Runs, name: str, seed: int, lr: float, *, meta: bool = False) ->
     torch.manual_seed(seed)
     start, share = time.process_time(), len(upper[0]) / (len(lower[0]) + len(upper[0])) if meta else 0.0
     task = Reweighting(case.model(), Equal())
-    control = trained_equally(task, task.lower, case.dynamics(lr), batch, case.iterations, 1, share).eval()
+    control = trained_equally(task, task.lower, case.dynamics(lr), batch, range(case.iterations), 1, share).eval()
     with torch.no_grad():
         found = control.metrics({"lower": lower, "upper": data.test})
     runs.add(*key, float(found["accuracy"]), time.process_time() - start)

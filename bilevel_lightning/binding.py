@@ -212,9 +212,10 @@ def bind(
 
     def in_turn(part: Any, method: str) -> Any:
         """The loss on a minibatch as the mean of those on its parts."""
-        fill, total, most = _filled(part, names), size(part), samples_at_once
-        if most is None or total <= most:
+        most = samples_at_once
+        if most is None or (total := size(part)) <= most:
             return on(part, method)
+        fill = _filled(part, names)
 
         def loss(x: Params, y: Params, first: int) -> Any:
             return call.at(x, y, method, rows(fill(x), first, most))

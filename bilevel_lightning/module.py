@@ -35,6 +35,7 @@ from bilevel_lightning.distributed import gather, mean_over_processes, total_ove
 from bilevel_lightning.dynamics import Dynamics, GradientDescent
 from bilevel_lightning.errors import BilevelError, positive
 from bilevel_lightning.evaluation import Evaluation
+from bilevel_lightning.flow import GradientFlow
 from bilevel_lightning.problem import BilevelProblem
 from bilevel_lightning.schedules import Schedule
 from bilevel_lightning.sharding import whole
@@ -334,8 +335,11 @@ class BilevelModule(Evaluation, ABC):
             optimizer = self.upper_optimizer(self.upper_groups())
         except ValueError as error:
             raise BilevelError(f"upper_optimizer: {error}.") from error
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise BilevelError("upper_optimizer LBFGS needs a closure, which a hypergradient has not; use SGD or Adam.")
+        if isinstance(optimizer, torch.optim.LBFGS | GradientFlow):
+            name = type(optimizer).__name__
+            raise BilevelError(
+                f"upper_optimizer {name} needs a closure, which a hypergradient has not; use SGD or Adam."
+            )
         rates = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
         if not all(rate < float("inf") for rate in rates):
             raise BilevelError(f"upper_optimizer: its lr must be a finite number, got {rates[0]}.")

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from loops import Batches, fit, trainer
@@ -21,6 +23,7 @@ from bilevel_lightning import (
 )
 from bilevel_lightning.binding import bind
 from bilevel_lightning.datamodules.iterations import Iterations
+from bilevel_lightning.flow import GradientFlow
 from bilevel_lightning.state import State
 
 
@@ -312,6 +315,10 @@ def loss_is(value):
             "upper_optimizer: its lr must be a finite number, got inf",
         ),
         (lambda: fit(RHG(task=Quadratic(), upper_optimizer=torch.optim.LBFGS), 1), "LBFGS needs a closure"),
+        (
+            lambda: fit(RHG(task=Quadratic(), upper_optimizer=partial(GradientFlow, lr=1.0)), 1),
+            "GradientFlow needs a closure",
+        ),
         (lambda: fit(RHG(), 1), "RHG.upper must be a module that holds the upper variables"),
         (lambda: fit(RHG(task=loss_is(lambda t: t.y())), 1), r"lower_loss must return a scalar tensor, got \(6,\)"),
         (lambda: fit(RHG(task=loss_is(lambda t: 1.0)), 1), "lower_loss must return a scalar tensor, got float"),

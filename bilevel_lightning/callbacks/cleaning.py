@@ -121,16 +121,16 @@ class CleaningReport(Retraining):
             "clean samples only (oracle)": (images[clean], labels[clean], torch.ones_like(weights[clean])),
         }
         rows = {"y at the end of the run": found.pop("accuracy")}
-        rows |= {name: self.retrain(x, y, w, test) for name, (x, y, w) in trainings.items()}
+        rows |= {name: self.retrain(name, x, y, w, test) for name, (x, y, w) in trainings.items()}
         self.show(trainer, {name: float(v) for name, v in rows.items()}, {name: float(v) for name, v in found.items()})
 
-    def retrain(self, images: Tensor, labels: Tensor, weights: Tensor, test: tuple[Any, ...]) -> Tensor:
+    def retrain(self, name: str, images: Tensor, labels: Tensor, weights: Tensor, test: tuple[Any, ...]) -> Tensor:
         """Trains a copy of the model from scratch and returns its accuracy on the test set."""
 
         def loss(model: nn.Module, x: Tensor, y: Tensor, w: Tensor) -> Tensor:
             return (w * cross_entropy(model(x), y, reduction="none")).sum() / w.sum()
 
-        model = self.trained((images, labels, weights), loss).eval()
+        model = self.trained(name, (images, labels, weights), loss).eval()
         with torch.no_grad():
             right: Tensor = model(test[0]).argmax(1) == test[1]
             return right.float().mean()

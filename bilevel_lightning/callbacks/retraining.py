@@ -9,6 +9,7 @@ import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.cli import OptimizerCallable
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -22,13 +23,16 @@ class FromScratch(Callback):
 
     Attributes:
         scratch: that model; None before the run.
+        progress: whether `counted` shows a bar: where the trainer does, on a terminal.
     """
 
     def __init__(self) -> None:
         self.scratch: nn.Module | None = None
+        self.progress = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.progress = trainer.progress_bar_callback is not None and Console().is_terminal
         if stage == "fit" and self.scratch is None:
             task: Any = pl_module.hooks
             self.scratch = deepcopy(task.lower)
@@ -36,6 +40,11 @@ class FromScratch(Callback):
     def fresh(self, like: Tensor) -> nn.Module:
         """Returns a copy of that model to train, on the device and in the precision of ``like``."""
         return deepcopy(self.scratch).to(like).train()  # type: ignore[union-attr]
+
+    def counted(self, number: int, name: str) -> Iterable[int]:
+        """Returns 0, 1, ..., and shows how far a training that takes so many steps is."""
+        what = f"Training on {name}"
+        return track(range(number), what, console=Console(), transient=True, disable=not self.progress)
 
     @staticmethod
     def print_table(title: str, caption: str, columns: Sequence[str], rows: Mapping[str, Iterable[str]]) -> None:
@@ -73,10 +82,11 @@ class Retraining(FromScratch):
         self.steps, self.optimizer = int(positive(f"{name}.steps", steps)), optimizer
         self.batch_size = batch_size if batch_size is None else int(positive(f"{name}.batch_size", batch_size))
 
-    def trained(self, samples: tuple[Tensor, ...], loss: Callable[..., Tensor]) -> nn.Module:
+    def trained(self, name: str, samples: tuple[Tensor, ...], loss: Callable[..., Tensor]) -> nn.Module:
         """Returns a model trained from scratch, in training mode.
 
         Args:
+            name: what the progress bar says that it is trained on.
             samples: tensors whose first dimension counts samples; the first are the inputs.
             loss: function of the model and of a minibatch of each of ``samples``.
         """
@@ -84,7 +94,7 @@ class Retraining(FromScratch):
         optimizer = self.optimizer(model.parameters())
         generator = torch.Generator().manual_seed(0)
         with torch.inference_mode(False), torch.enable_grad():
-            for _ in range(self.steps):
+            for _ in self.counted(self.steps, name):
                 batch = samples
                 if self.batch_size is not None and self.batch_size < number:
                     i = torch.randint(number, (self.batch_size,), generator=generator).to(samples[0].device)

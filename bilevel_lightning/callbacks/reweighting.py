@@ -1,6 +1,6 @@
 """What a person sees of reweighting: the learnt weights drawn, and what they are worth beside equal weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -169,7 +169,7 @@ class ReweightingReport(FromScratch):
                         self.fresh(next(module.parameters())),
                         module.dynamics,
                         lambda k: _converted(trainer, stream.batch(k)),
-                        module.batches,
+                        self.counted(module.batches, name),
                         module.lower_steps,
                         share,
                         module.first_lower_step,
@@ -208,7 +208,7 @@ def trained_equally(
     model: nn.Module,
     dynamics: Dynamics,
     batch: Callable[[int], Any],
-    iterations: int,
+    iterations: Iterable[int],
     steps: int = 1,
     share: float = 0.0,
     first: Callable[[int], int] | None = None,
@@ -220,7 +220,7 @@ def trained_equally(
         model: the network to train, at its start.
         dynamics: one step of training; its memories go on from iteration to iteration.
         batch: the batches of both levels, by the number of the iteration.
-        iterations: how many.
+        iterations: their numbers, from 0.
         steps: steps in each, on its lower minibatches in turn.
         share: of the samples of both levels that the upper one has, which are trained on too. Default 0: they are not.
         first: number of the first step of an iteration, for schedules. Default: steps are counted through.
@@ -228,7 +228,7 @@ def trained_equally(
     control: Any = type(task)(model, Equal(), task.l2 / (1 - share))
     control.train()
     state = dynamics.start(tree.detach(tree.of(model)))
-    for k in range(iterations):
+    for k in iterations:
         both = batch(k)
         problem, _, _ = bind(control, both, {})
         problem = problem.blend(share, 1 - share) if share else problem

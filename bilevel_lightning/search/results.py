@@ -12,7 +12,6 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import optuna
-from optuna.importance import FanovaImportanceEvaluator
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as plots
@@ -117,6 +116,8 @@ class Results:
             "slices": plots.plot_slice,
         }
         if len(values) > 1:
+            from optuna.importance import FanovaImportanceEvaluator  # with scikit-learn, half a second of each start
+
             importances = partial(plots.plot_param_importances, evaluator=FanovaImportanceEvaluator(seed=0))
             pictures["importances"] = importances
         plt.switch_backend("agg")

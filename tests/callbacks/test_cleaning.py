@@ -118,7 +118,7 @@ def test_retraining_is_a_weighted_mean_from_the_first_weights(run):
     one = CleaningReport(steps=1, optimizer=lambda params: torch.optim.SGD(params, lr=0.7))
     one.scratch = report.scratch
     weights = torch.cat([torch.full((300,), 0.25), torch.zeros(300)])
-    accuracy = one.retrain(images, labels, weights, loop.datamodule.test)
+    accuracy = one.retrain("digits", images, labels, weights, loop.datamodule.test)
     layer = report.scratch[1]
     w, b = layer.weight.detach().clone().requires_grad_(), layer.bias.detach().clone().requires_grad_()
     logits = images[:300].flatten(1) @ w.T + b
@@ -126,6 +126,18 @@ def test_retraining_is_a_weighted_mean_from_the_first_weights(run):
     w, b = w - 0.7 * w.grad, b - 0.7 * b.grad
     guess = (loop.datamodule.test[0].flatten(1) @ w.T + b).argmax(1)
     assert float(accuracy) == pytest.approx(float((guess == loop.datamodule.test[1]).float().mean()))
+
+
+@pytest.mark.parametrize(("terminal", "bar"), [(True, True), (True, False), (False, True)])
+def test_retraining_shows_how_far_it_is_where_the_trainer_does(monkeypatch, capsys, terminal, bar):
+    monkeypatch.setenv("FORCE_COLOR" if terminal else "NO_COLOR", "1")
+    report = CleaningReport(steps=2)
+    report.setup(trainer(1, enable_progress_bar=bar), None, "test")
+    capsys.readouterr()
+    assert list(report.counted(3, "all samples")) == [0, 1, 2]
+    printed = capsys.readouterr().out
+    assert ("Training on all samples" in printed) == (terminal and bar)
+    assert (terminal and bar) or not printed
 
 
 def test_a_callback_of_the_trainer_replaces_the_task_s_own(run):

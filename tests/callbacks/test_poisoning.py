@@ -15,6 +15,7 @@ from bilevel_lightning import AIDFP, TRHG, BilevelError, GradientDescent
 from bilevel_lightning.callbacks import PoisonedImages, PoisoningReport
 from bilevel_lightning.datamodules import DigitsPoisoning
 from bilevel_lightning.datamodules.iterations import Whole
+from bilevel_lightning.flow import GradientFlow
 from bilevel_lightning.linear_solvers import FixedPointIteration
 from bilevel_lightning.models import LinearNet
 from bilevel_lightning.tasks import Poisoning
@@ -95,7 +96,7 @@ def test_report_is_printed(run, capsys):
     short.scratch = deepcopy(module.task.lower)
     short.on_train_end(loop, module)
     printed = capsys.readouterr().out
-    for name in ("y at the end of the run", "poisoned images", "mean norm", "validation", "1 steps"):
+    for name in ("y at the end of the run", "poisoned images", "mean norm", "validation", "steps: 1"):
         assert name in printed
     assert "random noise" not in printed
 
@@ -115,7 +116,7 @@ def test_retraining_is_the_lower_loss_from_the_first_weights(run):
         (gradient,) = torch.autograd.grad(loss, weight)
         speed = 0.5 * speed + gradient
         weight = (weight - 0.1 * speed).detach()
-    model = two.retrain(module.task, images, labels)
+    model = two.retrain("digits", module.task, images, labels)
     torch.testing.assert_close(model[1].weight.detach(), weight)
     guess = (loop.datamodule.test[0].flatten(1) @ weight.T).argmax(1)
     expected = float((guess == loop.datamodule.test[1]).float().mean())
@@ -131,13 +132,30 @@ def test_retraining_by_lbfgs_reaches_the_minimum(run):
     for steps, optimizer in ((8, LBFGS), (300, lambda params: torch.optim.SGD(params, lr=0.5, momentum=0.9))):
         trainings = PoisoningReport(steps=steps, optimizer=optimizer)
         trainings.scratch = report.scratch
-        model = trainings.retrain(module.task, images, labels)
+        model = trainings.retrain("digits", module.task, images, labels)
         loss = module.task.training_loss(model, images, labels)
         losses.append(float(loss.detach()))
         if optimizer is LBFGS:
             (gradient,) = torch.autograd.grad(loss, [*model.parameters()])
             assert float(gradient.abs().max()) < 1e-4
     assert losses[0] < losses[1]
+
+
+def test_retraining_by_the_flow_ends_where_many_small_steps_end(run):
+    """Both far from the minimum: a model that is trained on ends elsewhere."""
+    _, module, loop, report = run
+    images, labels, _ = loop.datamodule.train
+
+    def trained(steps, optimizer):
+        training = PoisoningReport(steps=steps, optimizer=optimizer)
+        training.scratch = report.scratch
+        return training.retrain("digits", module.task, images, labels)[1].weight.detach()
+
+    small = trained(400, lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.5))  # time 40
+    further = trained(800, lambda params: torch.optim.SGD(params, lr=0.05, momentum=0.5))
+    flow = trained(1, lambda params: GradientFlow(params, lr=40.0))
+    assert (flow - small).norm() < 0.02 * small.norm()
+    assert (further - small).norm() > 0.2 * small.norm()
 
 
 def test_retraining_in_minibatches(run):
@@ -148,8 +166,8 @@ def test_retraining_in_minibatches(run):
     chosen = torch.randint(len(labels), (7,), generator=torch.Generator().manual_seed(0))
     whole = PoisoningReport(steps=1)
     whole.scratch = report.scratch
-    expected = whole.retrain(module.task, images[chosen], labels[chosen])
-    torch.testing.assert_close(small.retrain(module.task, images, labels)[1].weight, expected[1].weight)
+    expected = whole.retrain("digits", module.task, images[chosen], labels[chosen])
+    torch.testing.assert_close(small.retrain("digits", module.task, images, labels)[1].weight, expected[1].weight)
 
 
 def test_the_pictures_show_all_classes_in_turn():

@@ -130,7 +130,7 @@ def test_controls_by_hand(run, meta):
     model, start = LinearNet((1, 8, 8)), LinearNet((1, 8, 8))
     model.load_state_dict(start.state_dict())
     share = m / (n + m) if meta else 0.0
-    found = trained_equally(module.task, start, Momentum(0.2), stream.batch, 4, 2, share)
+    found = trained_equally(module.task, start, Momentum(0.2), stream.batch, range(4), 2, share)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.9)
     for k in range(4):
         batch = stream.batch(k)
@@ -156,14 +156,16 @@ def test_controls_count_steps_as_the_algorithm_does(run, first, expected):
             seen.append(t)
             return super().rate(x, t)
 
-    trained_equally(module.task, LinearNet((1, 8, 8)), Noted(0.1), loop.train_dataloader.batch, 3, 2, first=first)
+    trained_equally(
+        module.task, LinearNet((1, 8, 8)), Noted(0.1), loop.train_dataloader.batch, range(3), 2, first=first
+    )
     assert seen == expected
 
 
 def test_controls_advance_running_statistics(run):
     _, _, module, loop = run
     net = ConvNet((1, 8, 8), width=8, blocks=1, norm="frozen")
-    found = trained_equally(module.task, net, GradientDescent(0.1), loop.train_dataloader.batch, 3)
+    found = trained_equally(module.task, net, GradientDescent(0.1), loop.train_dataloader.batch, range(3))
     assert int(found.lower[1].num_batches_tracked) == 3
     assert found.lower[1].running_mean.abs().sum() > 0
 
