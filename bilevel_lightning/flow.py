@@ -93,8 +93,8 @@ class GradientFlow(Optimizer):
         finest = FINEST * torch.finfo(y.dtype).eps
         if group["tol"] < finest:
             raise BilevelError(
-                f"GradientFlow.tol={group['tol']} is finer than {y.dtype} can tell: raise it to {finest:.1e} or more, or "
-                "train in float64."
+                f"GradientFlow.tol={group['tol']} is finer than {y.dtype} can tell: raise it to {finest:.1e} or more, "
+                "or train in float64."
             )
         try:
             put(follow(slope, y, group["lr"], group["tol"]))
