@@ -77,6 +77,8 @@ class GradientFlow(Optimizer):
             raise BilevelError("GradientFlow evaluates several gradients in a step: give step(closure).")
         (group,) = self.param_groups
         params = [p for p in group["params"] if p.requires_grad]
+        if not params:
+            raise BilevelError("GradientFlow has nothing to train: no parameter has requires_grad.")
         losses = []
 
         def put(y: Tensor) -> None:

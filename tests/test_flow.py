@@ -230,6 +230,8 @@ def test_impossible_settings(settings):
 def test_what_it_cannot_do_is_said():
     with pytest.raises(BilevelError, match="give step\\(closure\\)"):
         GradientFlow([nn.Parameter(torch.zeros(1))], lr=1.0).step()
+    with pytest.raises(BilevelError, match="nothing to train"):
+        GradientFlow([nn.Parameter(torch.zeros(1), requires_grad=False)], lr=1.0).step(lambda: 0.0)
     groups = [{"params": [nn.Parameter(torch.zeros(1))]}, {"params": [nn.Parameter(torch.zeros(1))]}]
     with pytest.raises(BilevelError, match="one parameter group"):
         GradientFlow(groups, lr=1.0)
