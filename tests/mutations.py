@@ -244,7 +244,7 @@ MUTATIONS = [
     M("upper-minibatch-alone", "problem.py", "torch.stack(values).mean(0)", "values[0]",
       "test_problem.py::test_the_upper_loss_is_the_mean_over_its_minibatches"),
     M("built-gradients-touch-samples", "problem.py", "self.count(\"lower_gradients\", t, touched=False)",
-      "self.count(\"lower_gradients\", t)", f"{STOCHASTIC}::test_operations_take_their_minibatches_starts_and_samples"),
+      "self.count(\"lower_gradients\", t)", f"{STOCHASTIC}::test_operations_are_written_out_over_four_iterations"),
     M("multiples-are-one-draw", "datamodules/levels.py", "drawn += multiple", "drawn += 1",
       "datamodules/test_levels.py::test_draws_of_one_iteration_differ"),
     M("convolution-without-dual", "projections.py",
