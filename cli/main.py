@@ -35,6 +35,7 @@ from bilevel_lightning import (  # noqa: F401
 )
 from bilevel_lightning.checks import check_strategy
 from bilevel_lightning.cli.arguments import CONFIGS, DEFAULT, complete, explain, newest, restrict, shipped_configs
+from bilevel_lightning.cli.resuming import GivenSettings
 from bilevel_lightning.module import BilevelModule
 from bilevel_lightning.retraining import Retraining  # noqa: F401
 
@@ -135,7 +136,8 @@ class BilevelCLI(LightningCLI):
         return {**found, "callbacks": given}
 
     def before_fit(self) -> None:
-        """Says where the run is written."""
+        """Says where the run is written, and lets its settings count beside a checkpoint's."""
+        self.trainer.callbacks.append(GivenSettings())  # type: ignore[attr-defined]
         if self.trainer.log_dir is not None:
             rank_zero_info(
                 f"Logs, checkpoints and figures: {self.trainer.log_dir} (tensorboard --logdir {self.trainer.log_dir})"
