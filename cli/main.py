@@ -217,7 +217,7 @@ def launch(cli: type[BilevelCLI], program: str, args: list[str] | None, **settin
     """Runs a command; ends the process with status 2 and one message where a person has to mend something."""
     try:
         return start(cli, args, **settings)
-    except (ValueError, TypeError, ImportError, MisconfigurationException, ArgumentError) as error:
+    except (ValueError, TypeError, KeyError, ImportError, MisconfigurationException, ArgumentError) as error:
         message = explain(error)
         if message is None:
             raise

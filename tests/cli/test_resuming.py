@@ -98,6 +98,17 @@ def test_patience_is_the_one_given_now():
         assert state["patience"] == patience
 
 
+def test_weights_alone_are_no_run_to_go_on_from(capsys):
+    small = ["--config", "hyper_cleaning/digits_trhg", "--config", str(TINY)]
+    weights = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_weights_only=true"]
+    fit([*small, *QUICK, *weights, "--trainer.max_steps=1", "--trainer.default_root_dir=first"])
+    (path,) = map(str, Path("first").rglob("*.ckpt"))
+    with pytest.raises(SystemExit) as end:
+        run("second", 2, "--ckpt_path", path)
+    assert end.value.code == 2
+    assert "error: Trying to restore optimizer state but checkpoint contains only the model" in capsys.readouterr().err
+
+
 def test_retraining():
     """With a longer run half a cosine becomes longer, and with another optimizer the step sizes are its own."""
     small = ["--model.channels=4", "--model.layers=3", "--data.train_samples=20", "--data.batch_size=10"]
