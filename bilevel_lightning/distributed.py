@@ -1,10 +1,11 @@
 """Averages over processes, once, so that no algorithm needs to know how many there are."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from bilevel_lightning.tree import Params, divided
@@ -79,6 +80,38 @@ def gather(t: Tensor) -> Tensor:
     parts = [torch.empty_like(t) for _ in range(processes())]
     dist.all_gather(parts, t.contiguous())
     return torch.cat(parts)
+
+
+def statistics(layers: Iterable[nn.Module]) -> list[Params]:
+    """Returns copies of the running statistics of normalisation layers."""
+    return [{name: t.clone() for name, t in layer.named_buffers(recurse=False)} for layer in layers]
+
+
+def merge_statistics(layers: Iterable[nn.Module], before: list[Params]) -> None:
+    """Makes running statistics those of one process that takes the batches of all, one process after the other.
+
+    The n batches of a process have taken statistics s to a s + c, a = (1 - momentum)^n; such maps are composed. Layers
+    without momentum, whose statistics are means over the run, keep their own.
+
+    Args:
+        layers: normalisation layers, after this process's batches.
+        before: their `statistics` before these, equal on all processes.
+    """
+    if processes() == 1:
+        return
+    for layer, old in zip(layers, before, strict=True):
+        momentum: Any = layer.momentum
+        if momentum is None:
+            continue
+        numbers = gather((layer.get_buffer("num_batches_tracked") - old["num_batches_tracked"])[None])
+        layer.get_buffer("num_batches_tracked").copy_(old["num_batches_tracked"] + numbers.sum(0))
+        for name in ("running_mean", "running_var"):
+            now, value = layer.get_buffer(name), old[name]
+            kept = (1 - momentum) ** numbers.to(now.dtype)[..., None]
+            added = gather((now - kept[rank()] * value)[None])
+            for a, c in zip(kept, added, strict=True):
+                value = a * value + c
+            now.copy_(value)
 
 
 def agree(tree: Params) -> Params:

@@ -31,7 +31,13 @@ from bilevel_lightning.checks import (
     watched,
 )
 from bilevel_lightning.compiled import Compiled
-from bilevel_lightning.distributed import gather, mean_over_processes, total_over_processes
+from bilevel_lightning.distributed import (
+    gather,
+    mean_over_processes,
+    merge_statistics,
+    statistics,
+    total_over_processes,
+)
 from bilevel_lightning.dynamics import Dynamics, GradientDescent
 from bilevel_lightning.errors import BilevelError, positive
 from bilevel_lightning.evaluation import Evaluation
@@ -529,10 +535,12 @@ class BilevelModule(Evaluation, ABC):
     def _advance_statistics(self, episodes: Sequence[Any]) -> None:
         """Adds the lower data, once an upper iteration, to the running statistics of normalisation layers.
 
-        Where y is solved for each episode, they are those along its steps.
+        Where y is solved for each episode, they are those along its steps, of the episodes of all processes.
         """
-        if not any(running_norms(level) for level in (self.hooks.upper, self.hooks.lower)):
+        layers = [layer for level in (self.hooks.upper, self.hooks.lower) for _, layer in running_norms(level)]
+        if not layers:
             return
+        before = statistics(layers)
         call = Functional(self.hooks, advance=True)
         with self.aside(), torch.no_grad():
             for episode in episodes:
@@ -546,6 +554,8 @@ class BilevelModule(Evaluation, ABC):
                 for t, y in enumerate(path):
                     self.hooks.at_lower_step(t)
                     call.at(x, y, "lower_loss", lower)
+            if not self.hooks.persistent_lower:
+                merge_statistics(layers, before)
 
     @property
     def batches(self) -> int:
@@ -590,6 +600,8 @@ class BilevelModule(Evaluation, ABC):
                 logs[f"train/{label}"] = p.detach()
             elif kind == "dynamics" and p.ndim == 1 and label == "log_lr_factor":
                 logs.update({f"train/{label}/{t}": value for t, value in enumerate(p.detach())})
+            elif kind == "dynamics" and label.startswith("log_lr_factors/"):  # of each entry: their mean over a tensor
+                logs[f"train/{label}".replace(":", ".")] = p.detach().mean()
         bar = ("train/upper_loss", "train/lower_loss", "train/hypergradient_norm")
         for name, value in logs.items():
             self.log(name, value.float(), prog_bar=name in bar, batch_size=1)

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from episodic import body, head, images
 from problems import Nonlinear
 
-from bilevel_lightning import Momentum, tree
+from bilevel_lightning import ANIL, MAML, Momentum, tree
 from bilevel_lightning.binding import bind
 from bilevel_lightning.cli import fit
 from bilevel_lightning.distributed import agree, mean_over_processes
 from bilevel_lightning.hypergradients import random_forward, reverse
+from bilevel_lightning.tasks import FewShot
 
 
 class Rows(Nonlinear):
@@ -47,13 +49,27 @@ def hypergradients(rows):
     return [*out, g_yy(y), g_xy(y), *problem.grad_f(x, y)]
 
 
+def running_statistics(first, last):
+    """Buffers of few-shot networks after three iterations, in each with the episodes ``first`` to ``last`` of six."""
+    out = []
+    for algorithm, norm, adapt in ((MAML, "frozen", "all"), (ANIL, "frozen", "head"), (MAML, "per_step", "all")):
+        part = body(norm, steps=2)
+        module = algorithm(task=FewShot(part, head(part.features), adapt=adapt), lower_steps=2)
+        module.configure_model()
+        for k in range(3):
+            module._advance_statistics(module.task.episodes(images(6, k))[first:last])
+        out.append(dict(module.task.named_buffers()))
+    return out
+
+
 def worker(rank: int, folder: str) -> None:
-    """One of two processes, with half of the twelve rows."""
+    """One of two processes, with half of the twelve rows and of the six episodes."""
     torch.set_num_threads(1)
     group = {"init_method": f"file://{folder}/meet", "rank": rank, "world_size": 2, "timeout": timedelta(minutes=2)}
     dist.init_process_group("gloo", **group)
     try:
         torch.save(hypergradients(torch.arange(12)[rank::2]), Path(folder) / f"{rank}.pt")
+        torch.save(running_statistics(3 * rank, 3 * rank + 3), Path(folder) / f"statistics{rank}.pt")
     finally:
         dist.destroy_process_group()
 

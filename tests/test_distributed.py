@@ -73,18 +73,35 @@ def logged(name):
         return list(csv.DictReader(file))
 
 
-def test_two_processes_with_half_the_batch_are_one_with_all_of_it(tmp_path, monkeypatch):
-    """This process is the second."""
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    first = torch.multiprocessing.spawn(processes.worker, (str(tmp_path),), nprocs=1, join=False)
-    processes.worker(1, str(tmp_path))
-    while not first.join():
-        pass
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """The folder of what two processes have found, of which this one is the second."""
+    folder = tmp_path_factory.mktemp("pair")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MASTER_ADDR", "127.0.0.1")
+        first = torch.multiprocessing.spawn(processes.worker, (str(folder),), nprocs=1, join=False)
+        processes.worker(1, str(folder))
+        while not first.join():
+            pass
+    return folder
+
+
+def test_two_processes_with_half_the_batch_are_one_with_all_of_it(pair):
     whole = processes.hypergradients(torch.arange(12))
     for rank in (0, 1):
-        for part, want in zip(torch.load(tmp_path / f"{rank}.pt"), whole, strict=True):
+        for part, want in zip(torch.load(pair / f"{rank}.pt"), whole, strict=True):
             for name, value in want.items():
                 torch.testing.assert_close(part[name], value, rtol=1e-12, atol=1e-15)
+
+
+def test_running_statistics_of_two_processes_are_those_of_one(pair):
+    whole = processes.running_statistics(0, 6)
+    for rank in (0, 1):
+        for part, want in zip(torch.load(pair / f"statistics{rank}.pt"), whole, strict=True):
+            assert part.keys() == want.keys()
+            assert any(int(t.max()) > 0 for name, t in want.items() if name.endswith("num_batches_tracked"))
+            for name, value in want.items():
+                torch.testing.assert_close(part[name], value, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from problems import (
 from problems import central_differences as differences
 
 from bilevel_lightning import (
+    Accelerated,
     Adam,
     AggregatedDescent,
     Anderson,
@@ -139,6 +140,17 @@ def test_heavy_ball_with_a_decreasing_step():
         assert relative(flat(found), y) < 1e-13
 
 
+def test_accelerated_descent():
+    """u_{t+1} = y_{t+1} + (s_t - 1) / s_{t+1} (y_{t+1} - y_t), s_0 = 1, s_{t+1} = (1 + sqrt(1 + 4 s_t^2)) / 2."""
+    task, s = Quadratic(), 1.0
+    y = u = task.y().detach()
+    for found in ran(Accelerated(0.2), task, 12):
+        after = u - 0.2 * (task.A @ u - task.B @ task.upper.x.detach())
+        larger = (1 + (1 + 4 * s**2) ** 0.5) / 2
+        u, y, s = after + (s - 1) / larger * (after - y), after, larger
+        assert relative(flat(found), y) < 1e-13
+
+
 @pytest.mark.parametrize(
     ("dynamics", "alpha"),
     [
@@ -225,6 +237,7 @@ DIFFERENTIATED = {
     "momentum": Momentum(0.1, 0.7, learn_lr=True, learn_momentum=True),
     "nesterov": Nesterov(0.1, 0.7, learn_lr="per_step", learn_momentum=True),
     "heavy ball": HeavyBall(0.1, 0.7, learn_lr=True, learn_momentum=True),
+    "accelerated": Accelerated(0.1, learn_lr=True),
     "aggregated": AggregatedDescent(0.2, 0.1, learn_lr=True),
 }
 

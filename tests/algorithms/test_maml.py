@@ -186,6 +186,22 @@ def test_learnt_step_sizes_by_finite_differences(learn):
     close({"": found}, {"": exact}, 1e-6)
 
 
+@pytest.mark.parametrize("learn", [True, "per_step", "per_parameter"])
+def test_learnt_step_sizes_are_logged(learn):
+    """One number, one for each step, or the mean over each tensor."""
+    module = MAML(
+        task=regression(), dynamics=GradientDescent(0.2, learn_lr=learn), lower_steps=3, upper_optimizer=sgd(0.1)
+    )
+    _, loop = train(module, [curves(3)] * 3)
+    theta = {n.replace(":", "."): t.detach() for n, t in module.learnable.items()}
+    if learn == "per_step":
+        theta = {f"dynamics/log_lr_factor/{i}": t for i, t in enumerate(theta["dynamics/log_lr_factor"])}
+    want = {n.replace("dynamics", "train"): float(t.mean()) for n, t in theta.items()}
+    found = {n: float(t) for n, t in loop.callback_metrics.items() if "lr_factor" in n}
+    assert found == pytest.approx(want, rel=1e-6)
+    assert all(value != 0 for value in found.values())
+
+
 def test_weights_of_the_multi_step_loss():
     module = MAML(task=regression(), multi_step=10, lower_steps=4)
     assert module.weights(0) == pytest.approx([0.25] * 4, abs=1e-15)

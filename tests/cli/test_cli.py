@@ -153,21 +153,34 @@ def test_an_iteration_of_the_poisoning_setting_touches_96_000_samples(real_data,
     assert 0.4 < float((norms > 0).float().mean()) < 0.7  # 1 - exp(-0.6) of the images are among those drawn
 
 
+LAYOUTS = {
+    "omniglot": ("hdf5", "folders", "zips"),
+    "miniimagenet": ("hdf5", "pickle", "images", "folders"),
+    "tieredimagenet": ("hdf5", "pickle"),
+}
+
+
 @pytest.mark.parametrize("name", of_task("few_shot"))
 def test_shipped_few_shot_configs_run(name, tmp_path, monkeypatch, capsys):
+    """The configs of a data set take turns in the layouts of its files, from the file to the test."""
     monkeypatch.setenv("BILEVEL_DATA_DIR", str(tmp_path / "data"))
     small = ["--data.queries=1", "--data.episodes_per_batch=1", "--data.val_episodes=1", "--data.test_episodes=2"]
     small += ["--model.lower_steps=1", "--model.evaluation_steps=1", "--trainer.max_steps=1", "--data.epoch_length=1"]
     if "resnet12" in name:
         small += ["--model.task.body.width=[8,8,8,8]", "--model.task.head.features=8"]
-    if "omniglot" in name:
+    data, _, _ = name.partition("/")[2].partition("_")
+    if layouts := LAYOUTS.get(data):
+        others = [other for other in of_task("few_shot") if f"/{data}_" in other]
+        assert len(others) >= len(layouts)
+        layout = layouts[others.index(name) % len(layouts)]
+    if data == "omniglot":
         characters = [f"images_{part}/A{i}/character01" for part in ("background", "evaluation") for i in range(36)]
-        files.omniglot(tmp_path / "data", "hdf5", characters, drawings=7)
+        files.omniglot(tmp_path / "data", layout, characters, drawings=7)
         small += ["--data.split=random", "--data.split_sizes=[24,24,24]"]
-    elif "miniimagenet" in name:
-        files.mini_imagenet(tmp_path / "data" / "miniimagenet", "hdf5")
-    elif "tieredimagenet" in name:
-        files.tiered_imagenet(tmp_path / "data" / "tieredimagenet", "hdf5")
+    elif data == "miniimagenet":
+        files.mini_imagenet(tmp_path / "data" / "miniimagenet", layout)
+    elif data == "tieredimagenet":
+        files.tiered_imagenet(tmp_path / "data" / "tieredimagenet", layout)
     run("--config", name, *small, "--trainer.log_every_n_steps=1")
     folder = Path("runs") / name / "version_0"
     with (folder / "metrics.csv").open() as file:
@@ -175,12 +188,28 @@ def test_shipped_few_shot_configs_run(name, tmp_path, monkeypatch, capsys):
     measure = "mse" if "sinusoid" in name else "accuracy"
     assert [row for row in rows if row["train/upper_loss"]]
     assert [row for row in rows if row[f"val/{measure}"]]
-    assert [row for row in rows if row[f"test/{measure}_ci95"]]  # the best checkpoint is tested at the end
+    assert [row for row in rows if row[f"test/{measure}_ci95"]]  # tested at the end
     assert (folder / "adaptation.png").stat().st_size > 1000
     assert (folder / "episode.png").stat().st_size > 1000
     out = " ".join(capsys.readouterr().out.split())
     assert "queries of a class" in out
     assert "batch normalisation" in out
+
+
+def test_the_checkpoint_that_was_best_in_validation_is_tested():
+    """Here the first of three, as the largest error is asked for."""
+    small = ["--data.episodes_per_batch=2", "--data.val_episodes=4", "--data.test_episodes=4", "--data.epoch_length=1"]
+    choose = [f"--trainer.callbacks{end}" for end in ("=ModelCheckpoint", ".monitor=val/mse", ".mode=max")]
+    run("--config", "few_shot/sinusoid_maml", *small, *choose, "--trainer.max_steps=3", "--trainer.log_every_n_steps=1")
+    with (Path("runs") / "few_shot" / "sinusoid_maml" / "version_0" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    (tested,) = [float(row["test/mse"]) for row in rows if row["test/mse"]]
+    validated = [float(row["val/mse"]) for row in rows if row["val/mse"]]
+    chosen = checkpoint()
+    assert torch.load(chosen, weights_only=True)["global_step"] == 1 + validated.index(max(validated)) < 3
+    run("test", "--ckpt_path", str(chosen), *choose, "--trainer.default_root_dir=again")
+    with next(Path("again").rglob("metrics.csv")).open() as file:
+        assert float(next(csv.DictReader(file))["test/mse"]) == tested
 
 
 @pytest.mark.parametrize("name", [name for name in of_task("reweighting") if "/text_" not in name])

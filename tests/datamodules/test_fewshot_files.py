@@ -251,8 +251,8 @@ def test_mini_imagenet_layouts(tmp_path, layout, folder):
         assert np.allclose(np.sort(images.mean((2, 3)), 0), np.sort(want.mean((1, 2)), 0), atol=1)
 
 
-def test_mini_imagenet_trains(tmp_path):
-    """Grey files among the coloured ones; batches as a training step gets them."""
+def test_batches_of_grey_and_coloured_files(tmp_path):
+    """Grey files among the coloured ones; batches as a training step gets them, normalised by channel."""
     written = files.mini_imagenet(tmp_path, "folders")
     name = next(iter(written["train"]))
     Image.new("L", (12, 12), 99).save(tmp_path / "train" / name / f"{name}_0.png")
