@@ -14,7 +14,9 @@ from bilevel_lightning.errors import BilevelError, Diverged, positive
 
 DAMPING = 2 / 13  # that of Sommeijer et al.; the stable interval is 2 % shorter for it
 SAFETY = 1.2  # of the estimated curvature
-SHORTEST = 1e-9  # step, as a share of the time
+SHORTEST = 1e-9  # step, as a share of the first
+POWERS = 50  # products at most of the first estimate of L, which rounding can keep from settling
+FINEST = 10  # tolerance, in units of the parameters' rounding, below which an error's estimate is rounding itself
 
 
 class Stage(NamedTuple):
@@ -46,7 +48,7 @@ class GradientFlow(Optimizer):
             left an error of 0.8 % at the end of 15 such steps (docs/poisoning.md).
 
     Raises:
-        BilevelError: if a setting is impossible.
+        BilevelError: if a setting is impossible, or tol is finer than the parameters' precision.
         Diverged: if the loss cannot be followed, being not finite or not smooth.
 
     References:
@@ -65,7 +67,8 @@ class GradientFlow(Optimizer):
         """Follows the flow.
 
         Args:
-            closure: evaluates the loss, of the same samples each time, and leaves its gradient in the parameters.
+            closure: evaluates the loss, of the same samples and without dropout each time, and leaves its gradient in
+                the parameters.
 
         Returns:
             The loss at the start.
@@ -74,6 +77,8 @@ class GradientFlow(Optimizer):
             raise BilevelError("GradientFlow evaluates several gradients in a step: give step(closure).")
         (group,) = self.param_groups
         params = [p for p in group["params"] if p.requires_grad]
+        if not params:
+            raise BilevelError("GradientFlow has nothing to train: no parameter has requires_grad.")
         losses = []
 
         def put(y: Tensor) -> None:
@@ -87,9 +92,15 @@ class GradientFlow(Optimizer):
             return -torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in params])
 
         y = torch.cat([p.flatten() for p in params])
+        finest = FINEST * torch.finfo(y.dtype).eps
+        if group["tol"] < finest:
+            raise BilevelError(
+                f"GradientFlow.tol={group['tol']} is finer than {y.dtype} can tell: raise it to {finest:.1e} or more, "
+                "or train in float64."
+            )
         try:
             put(follow(slope, y, group["lr"], group["tol"]))
-        except Diverged:
+        except BaseException:
             put(y)
             raise
         return losses[0]
@@ -99,12 +110,15 @@ def follow(slope: Slope, y: Tensor, time: float, tol: float) -> Tensor:
     """Returns y after the flow ``dy/dt = slope(y)`` of this time."""
     first = slope(y)
     direction, known, largest = first, -1.0, 0.0
-    while abs(largest - known) > 0.02 * largest:
-        known = largest
+    for _ in range(POWERS):
         direction, largest = curvature(slope, y, first, direction)
+        if not abs(largest - known) > 0.02 * largest:
+            break
+        known = largest
     left, h = time, min(time, 1 / largest) if largest else time
+    shortest = SHORTEST * h
     while left > 0:
-        if not math.isfinite(largest) or h < SHORTEST * time:
+        if not math.isfinite(largest) or h < shortest:
             raise Diverged(
                 "GradientFlow cannot follow the loss, which is not finite or not smooth: take another optimizer."
             )
@@ -115,6 +129,8 @@ def follow(slope: Slope, y: Tensor, time: float, tol: float) -> Tensor:
         share = float(error / (tol * size)) if error > 0 else 0.0 if error == 0 else math.inf
         if share <= 1:
             left, y, first = left - h, moved, last
+        else:
+            direction = first  # the curvature there may be that of another direction than the last one's
         h *= min(5.0, max(0.1, 0.8 * share ** (-1 / 3))) if share else 5.0
         h = left if h > 0.99 * left else h
         if left > 0:
@@ -133,7 +149,11 @@ def chebyshev(slope: Slope, y: Tensor, first: Tensor, h: float, stages: int) -> 
 
 
 def curvature(slope: Slope, y: Tensor, first: Tensor, direction: Tensor) -> tuple[Tensor, float]:
-    """Returns the curvature of the loss along a direction, and the direction that its Hessian makes of it."""
+    """Returns the direction that the loss's Hessian makes of a direction, and the curvature along it.
+
+    Where the Hessian made zero of the last one, the loss being straight there, the direction is that of ``first``.
+    """
+    direction = direction if direction.any() else first
     length = torch.linalg.vector_norm(direction)
     if not length > 0:
         return direction, 0.0

@@ -1,5 +1,6 @@
 """Training of one genotype's network in the usual way."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -119,7 +120,7 @@ class Retraining(Picklable, LightningModule):
         except ValueError as error:
             raise BilevelError(f"optimizer: {error}.") from error
         given = Cosine(1.0, 0.0, self.iterations) if self.scheduler is None else self.scheduler
-        scheduler = LambdaLR(optimizer, given) if isinstance(given, Schedule) else given(optimizer)
+        scheduler = given(optimizer) if not isinstance(given, Schedule) else LambdaLR(optimizer, _function(given))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @override
@@ -167,3 +168,12 @@ class Retraining(Picklable, LightningModule):
         """Returns label and prediction of each image."""
         images, labels = batch
         return {"label": labels, "predicted": self(images).argmax(1)}
+
+
+def _function(schedule: Schedule) -> Callable[[int], float]:
+    """Returns a schedule as a function, whose attributes, such as a run's length, a checkpoint does not bring back."""
+
+    def factor(t: int) -> float:
+        return schedule(t)
+
+    return factor

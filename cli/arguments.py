@@ -171,7 +171,7 @@ def explain(error: BaseException) -> str | None:
         return str(cause)
     if not isinstance(error, ArgumentError | MisconfigurationException) and not _of_lightning(error):
         return None
-    text = str(getattr(error, "message", error))
+    text = str(error.args[0] if isinstance(error, KeyError) else getattr(error, "message", error))
     if denied := re.search(r"Importing '(([^.']+)[^']*)' is not allowed", text):
         return (
             f"The config or checkpoint names {denied[1]}, which is neither of this package nor of Lightning or torch. "

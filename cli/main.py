@@ -35,6 +35,7 @@ from bilevel_lightning import (  # noqa: F401
 )
 from bilevel_lightning.checks import check_strategy, plain
 from bilevel_lightning.cli.arguments import CONFIGS, DEFAULT, complete, explain, newest, restrict, shipped_configs
+from bilevel_lightning.cli.resuming import GivenSettings
 from bilevel_lightning.module import BilevelModule
 from bilevel_lightning.retraining import Retraining  # noqa: F401
 
@@ -145,7 +146,8 @@ class BilevelCLI(LightningCLI):
         return {**found, "callbacks": given}
 
     def before_fit(self) -> None:
-        """Says where the run is written."""
+        """Says where the run is written, and lets its settings count beside a checkpoint's."""
+        self.trainer.callbacks.append(GivenSettings())  # type: ignore[attr-defined]
         if self.trainer.log_dir is not None:
             rank_zero_info(
                 f"Logs, checkpoints and figures: {self.trainer.log_dir} (tensorboard --logdir {self.trainer.log_dir})"
@@ -225,7 +227,7 @@ def launch(cli: type[BilevelCLI], program: str, args: list[str] | None, **settin
     """Runs a command; ends the process with status 2 and one message where a person has to mend something."""
     try:
         return start(cli, args, **settings)
-    except (ValueError, TypeError, ImportError, MisconfigurationException, ArgumentError) as error:
+    except (ValueError, TypeError, KeyError, ImportError, MisconfigurationException, ArgumentError) as error:
         message = explain(error)
         if message is None:
             raise

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from bilevel_lightning import BilevelError
+from bilevel_lightning import BilevelError, flow
 from bilevel_lightning.errors import Diverged
-from bilevel_lightning.flow import GradientFlow, chebyshev, coefficients, curvature
+from bilevel_lightning.flow import GradientFlow, chebyshev, coefficients, curvature, follow
 
 
 def quadratic(dim=12, largest=50.0):
@@ -116,6 +116,62 @@ def test_it_ends_where_many_steps_of_gradient_descent_with_momentum_end():
         assert (reached - reference).norm() < 2e-3 * (reference - start).norm()
 
 
+@pytest.mark.parametrize(("dim", "tol"), [(3, 0.1), (8, 0.1), (8, 0.001)])
+def test_a_straight_way_that_bends_later_is_followed(dim, tol):
+    """-y + L relu(y - 1)^2 / 2 from zero: y = t until 1, then 1 + (1 - exp(-L (t - 1))) / L."""
+    stiff, y, calls = torch.logspace(0, 3, dim, dtype=torch.float64), nn.Parameter(torch.zeros(dim).double()), []
+    optimizer = GradientFlow([y], lr=3.0, tol=tol)
+
+    def loss():
+        calls.append(1)
+        return (0.5 * stiff * (y - 1).relu().square() - y).sum()
+
+    optimizer.step(partial(closure, optimizer, loss))
+    assert (y.detach() - 1 + torch.expm1(-2 * stiff) / stiff).norm() < 0.01 * y.detach().norm()
+    assert len(calls) < 400  # 2000 with the curvature of the straight part, which is zero
+
+
+def test_memory_layout_does_not_matter():
+    """Parameters of several shapes, transposed, strided and with channels last, against one vector."""
+    matrix, linear, exact = quadratic(24)
+    parts = torch.zeros(6, 2).double().T, torch.zeros(16).double()[::2], torch.zeros(1, 2, 1, 2).double()
+    parts = [nn.Parameter(p) for p in (*parts[:2], parts[2].contiguous(memory_format=torch.channels_last))]
+    assert [p.is_contiguous() for p in parts[:2]] == [False, False]
+    optimizer = GradientFlow(parts, lr=0.5, tol=0.01)
+
+    def loss():
+        y = torch.cat([p.flatten() for p in parts])
+        return 0.5 * y @ matrix @ y - linear @ y
+
+    optimizer.step(partial(closure, optimizer, loss))
+    found = torch.cat([p.detach().flatten() for p in parts])
+    assert torch.equal(found, followed(matrix, linear, 0.5, tol=0.01)[0])
+    assert (found - exact(0.5)).norm() < 0.005 * found.norm()
+
+
+def test_rounding_cannot_keep_the_estimate_of_the_curvature_from_ending():
+    """In float32 the gradients of an almost straight loss differ by rounding, and power iteration does not settle."""
+    calls = []
+    for seed in range(40):
+        generator, count = torch.Generator().manual_seed(seed), len(calls)
+        g, y = torch.randn(3, generator=generator), 10 * torch.randn(3, generator=generator)
+
+        def slope(y, g=g, count=count):
+            calls.append(1)
+            assert len(calls) - count < 100
+            return -1e-3 * g * torch.cos(1e-3 * y)
+
+        torch.testing.assert_close(follow(slope, y, 1.0, 0.1), y - 1e-3 * g, rtol=1e-5, atol=1e-6)
+
+
+def test_a_time_of_any_length_is_followed(monkeypatch):
+    """The shortest step is a share of what the curvature asks for, not of the time."""
+    monkeypatch.setattr(flow, "SHORTEST", 1e-2)
+    matrix, linear, exact = quadratic(largest=500.0)
+    end, _ = followed(matrix, linear, 3.0)
+    assert (end - exact(3.0)).norm() < 1e-3 * end.norm()
+
+
 def test_frozen_and_unused_parameters_stay():
     used, unused, frozen = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     frozen.requires_grad_(False)
@@ -143,6 +199,28 @@ def test_what_cannot_be_followed_is_said_and_changes_nothing(loss):
     assert torch.equal(y, torch.full_like(y, 0.25))
 
 
+def test_an_interrupted_step_changes_nothing():
+    y, left = nn.Parameter(torch.ones(3)), [9]
+    optimizer = GradientFlow([y], lr=5.0, tol=1e-3)
+
+    def loss():
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return (y.square() * torch.tensor([1.0, 5.0, 50.0])).sum()
+
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step(partial(closure, optimizer, loss))
+    assert torch.equal(y, torch.ones(3))
+
+
+@pytest.mark.parametrize(("dtype", "tol"), [(torch.float32, 1e-6), (torch.float64, 2e-15), (torch.bfloat16, 0.05)])
+def test_a_tolerance_within_rounding_is_refused(dtype, tol):
+    y = nn.Parameter(torch.ones(3, dtype=dtype))
+    with pytest.raises(BilevelError, match=f"GradientFlow.tol={tol} is finer than {dtype} can tell: raise it to"):
+        GradientFlow([y], lr=1.0, tol=tol).step(lambda: 0.0)
+
+
 @pytest.mark.parametrize("settings", [{"lr": 0.0}, {"lr": float("inf")}, {"lr": 1.0, "tol": -1.0}])
 def test_impossible_settings(settings):
     with pytest.raises(BilevelError, match="GradientFlow.(lr|tol) must be a positive number"):
@@ -152,6 +230,8 @@ def test_impossible_settings(settings):
 def test_what_it_cannot_do_is_said():
     with pytest.raises(BilevelError, match="give step\\(closure\\)"):
         GradientFlow([nn.Parameter(torch.zeros(1))], lr=1.0).step()
+    with pytest.raises(BilevelError, match="nothing to train"):
+        GradientFlow([nn.Parameter(torch.zeros(1), requires_grad=False)], lr=1.0).step(lambda: 0.0)
     groups = [{"params": [nn.Parameter(torch.zeros(1))]}, {"params": [nn.Parameter(torch.zeros(1))]}]
     with pytest.raises(BilevelError, match="one parameter group"):
         GradientFlow(groups, lr=1.0)

@@ -28,7 +28,8 @@ class BSGM(AID):
     In upper iteration s, with T, K, J constant or functions of s:
 
     1. y: T steps of ``dynamics`` from the y of the beginning (``warm_start``: from the last one).
-    2. v: from rho_0 f_y (``warm_start_linear``: from the last one), for j = 1..K:  v <- v - rho_j (g_yy v - f_y).
+    2. v: from rho_0 f_y, for j = 1..K:  v <- v - rho_j (g_yy v - f_y). With ``warm_start_linear`` from the last one,
+       for j = 0..K-1.
     3. Hypergradient f_x - g_xy v, with g_xy over J minibatches, and f over J too where it comes in minibatches.
 
     Where y is a fixed point of Phi, or constrained, g_yy is I - Phi_y^T and -g_xy is Phi_x^T. The samples touched in an

@@ -34,8 +34,8 @@ class RHG(BilevelModule):
         **kwargs: settings of `BilevelModule`.
 
     Raises:
-        BilevelError: if truncation is outside 1..T, or first_order comes with a truncation or with a lower level whose
-            start does not depend on x.
+        BilevelError: if truncation is outside 1..T, or first_order comes with a truncation, with a memory or with a
+            lower level whose start does not depend on x.
 
     References:
         L. Franceschi, M. Donini, P. Frasconi, M. Pontil. Forward and Reverse Gradient-Based Hyperparameter
@@ -50,8 +50,8 @@ class RHG(BilevelModule):
         self, *, truncation: int | None = None, memory: Memory = "graph", first_order: bool = False, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
-        if first_order and truncation is not None:
-            raise BilevelError("first_order differentiates no lower step: leave truncation out, or first_order.")
+        if first_order and (truncation is not None or memory != "graph"):
+            raise BilevelError("first_order differentiates no lower step: leave truncation and memory out.")
         if truncation is not None and not 1 <= truncation <= self.lower_steps:
             raise BilevelError(
                 f"truncation K={truncation} must be between 1 and lower_steps T={self.lower_steps}: "

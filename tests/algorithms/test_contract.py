@@ -192,6 +192,40 @@ def test_hypergradient_tends_to_its_closed_form(algorithm):
     assert relative(step.upper_grad["x"], limit(task, x, y) if limit else task.hypergradient(x)) < tolerance
 
 
+def settings_of(algorithm):
+    """The names of all settings, those of base classes included."""
+    parser = ArgumentParser()
+    parser.add_class_arguments(algorithm, "model")
+    return vars(parser.get_defaults().model).keys()
+
+
+def with_setting(name):
+    """The algorithms that have it; FOMAML differentiates no lower step."""
+    return [a for a in ALGORITHMS if name in settings_of(a) and a.__name__ != "FOMAML"]
+
+
+@pytest.mark.parametrize("algorithm", with_setting("memory"))
+def test_modes_of_memory_give_one_hypergradient(algorithm):
+    settings = {"truncation": 7} if "truncation" in settings_of(algorithm) else {}
+    results = []
+    for memory in ("graph", "recompute"):
+        torch.manual_seed(0)
+        module = prepared(algorithm, suited(algorithm), lower_steps=12, memory=memory, **settings)
+        step = hypergradient(module)
+        results.append(torch.cat([t.flatten() for part in (step.upper_grad, step.lower) for t in part.values()]))
+    assert relative(results[1], results[0]) < 1e-12
+
+
+@pytest.mark.parametrize("algorithm", with_setting("truncation"))
+def test_truncation_to_all_steps_is_none(algorithm):
+    task = suited(algorithm)
+    full, all_steps, fewer = (
+        hypergradient(prepared(algorithm, task, lower_steps=12, truncation=k)).upper_grad["x"] for k in (None, 12, 3)
+    )
+    assert torch.equal(all_steps, full)
+    assert relative(fewer, full) > 1e-6
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_step_keeps_names_and_shapes_and_touches_nothing(algorithm):
     module = prepared(algorithm, suited(algorithm))
@@ -307,9 +341,7 @@ def test_there_is_no_setting_for_a_lower_loop_that_is_not():
     assert found == {"BAMM", "FSLA", "GPBGD", "MASOBA", "MRBO", "SABA", "SOBA", "SRBA", "SUSTAIN", "VRBO"}
     for algorithm in ALGORITHMS:
         loopless = algorithm.__name__ in found
-        parser = ArgumentParser()
-        parser.add_class_arguments(algorithm, "model")
-        names = vars(parser.get_defaults().model).keys()
+        names = settings_of(algorithm)
         assert ("dynamics" in names) != loopless
         assert ("lower_steps" in names) != loopless or algorithm.__name__ == "VRBO"
         for setting in {"dynamics": GradientDescent(0.1)}, {"lower_steps": 2}:

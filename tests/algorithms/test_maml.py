@@ -217,6 +217,12 @@ def test_impossible_multi_step(settings):
         MAML(task=regression(), **settings)
 
 
+@pytest.mark.parametrize("settings", [{"truncation": 1}, {"memory": "recompute"}])
+def test_first_order_has_no_steps_to_keep(settings):
+    with pytest.raises(BilevelError, match="leave truncation and memory out"):
+        FOMAML(task=regression(), **settings)
+
+
 @pytest.mark.parametrize("algorithm", [MAML, FOMAML, ANIL, MetaSGD, Reptile, IMAML])
 def test_start_must_depend_on_x(algorithm):
     with pytest.raises(BilevelError, match="FewShot with start"):

@@ -3,11 +3,14 @@
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from loops import trainer
 from problems import Vector, central_differences, relative
+from pytorch_lightning import Callback
 
 from bilevel_lightning import (
     ALSET,
@@ -35,9 +38,11 @@ from bilevel_lightning import (
 )
 from bilevel_lightning.binding import bind
 from bilevel_lightning.callbacks import SampleBudget
+from bilevel_lightning.cli.arguments import config_path
 from bilevel_lightning.datamodules import TwoLevelData
 from bilevel_lightning.estimators import SAGA, SARAH, STORM, MovingAverage, Plain
 from bilevel_lightning.hypergradients.implicit import LinearSystemWarning
+from bilevel_lightning.module import ORACLES
 from bilevel_lightning.schedules import InverseTime, Linear, Power
 
 N, M, DIM, UPPER = 40, 30, 5, 3
@@ -115,40 +120,112 @@ def draws(number, size, total=N, seed=0):
 
 # Which minibatches are taken, and what they cost.
 
-OPERATIONS = {  # the released searches' names: (algorithm, settings, (T, K, J))
-    "bioptwsyes": (AmIGO, {"lower_steps": 6, "linear_steps": None, "cross_samples": None}, (6, 6, 6)),
-    "bioptwsyesv2": (AmIGO, {"lower_steps": 6, "linear_steps": 4, "cross_samples": None}, (6, 4, 4)),
-    "bioptwsno": (BSGM, {"lower_steps": 6}, (6, 6, 6)),
-    "bioptgammawsno": (BSGM, {"lower_steps": 6, "dynamics": GradientDescent(InverseTime(0.2, 10))}, (6, 6, 6)),
-    "bioptgammawsnov2": (BSGM, {"lower_steps": 6, "linear_steps": 3, "linear_lr": InverseTime(0.3, 5)}, (6, 3, 3)),
-    "bioptgammaTinclin": (BSGM, {"lower_steps": Power(1.5, 1.0)}, (2, 2, 2)),
-    "bioptgammaTinclinwsyes": (BSGM, {"lower_steps": Power(1.5, 1.0), "warm_start": True,
-                                      "warm_start_linear": True}, (2, 2, 2)),
-    "stochbiold": (StocBiO, {"lower_steps": 6, "linear_steps": None, "cross_samples": None}, (6, 6, 6)),
-    "stochbio": (StocBiO, {"lower_steps": 6, "linear_steps": 4, "cross_samples": None}, (6, 4, 4)),
-    "stochbiobs90": (StocBiO, {"lower_steps": 6, "linear_steps": 4, "cross_samples": 1}, (6, 4, 1)),
-    "doubleloop": (StocBiO, {"lower_steps": 6, "linear_steps": 4}, (6, 4, 1)),
-    "alset": (ALSET, {"linear_steps": 4}, (1, 4, 1)),
-    "alsetwslin": (ALSET, {"linear_steps": 1, "warm_start_linear": True}, (1, 1, 1)),
+
+def steady(steps):
+    return lambda s: steps
+
+
+def growing(s):
+    return (math.ceil(1.5 * (s + 1)),) * 3
+
+
+ETA, RHO = 0.2, 0.3
+FALLS, ANOTHER = InverseTime(ETA, 10), InverseTime(RHO, 5)
+BOTH, NONE, OF_Y = (True, True), (False, False), (True, False)
+APART, ONE = {"linear_lr": RHO}, {"lower_steps": 1, "linear_steps": 1, "cross_samples": 1}
+TIED, GROWING = {"linear_steps": None, "cross_samples": None}, {"lower_steps": Power(1.5, 1.0)}
+SIX, SIX_FOUR = {"lower_steps": 6, **TIED}, {"lower_steps": 6, "linear_steps": 4, "cross_samples": None, **APART}
+OPERATIONS = {  # the released searches' names: (algorithm, settings, warm starts of y and v, T, K, J, eta, rho, batch)
+    "bioptwsyes": (AmIGO, SIX, BOTH, steady((6, 6, 6)), ETA, ETA, 3),
+    "bioptwsyesv2": (AmIGO, SIX_FOUR, BOTH, steady((6, 4, 4)), ETA, RHO, 3),
+    "bioptwsno": (BSGM, {"lower_steps": 6}, NONE, steady((6, 6, 6)), ETA, ETA, 3),
+    "bioptgammawsno": (BSGM, {"lower_steps": 6}, NONE, steady((6, 6, 6)), FALLS, FALLS, 3),
+    "bioptgammawsnov2": (BSGM, {"lower_steps": 6, "linear_steps": 3, "linear_lr": ANOTHER}, NONE, steady((6, 3, 3)),
+                         FALLS, ANOTHER, 3),
+    "bioptgammaTinclin": (BSGM, GROWING, NONE, growing, FALLS, FALLS, 3),
+    "bioptgammaTinclinwsyes": (BSGM, {**GROWING, "warm_start": True, "warm_start_linear": True}, BOTH, growing, FALLS,
+                               FALLS, 3),
+    "stochbiold": (StocBiO, SIX, OF_Y, steady((6, 6, 6)), ETA, ETA, 3),
+    "stochbio": (StocBiO, SIX_FOUR, OF_Y, steady((6, 4, 4)), ETA, RHO, 3),
+    "stochbiobs90": (StocBiO, {**SIX_FOUR, "cross_samples": 1}, OF_Y, steady((6, 4, 1)), ETA, RHO, 7),
+    "doubleloop": (StocBiO, {**SIX_FOUR, "cross_samples": 1}, OF_Y, steady((6, 4, 1)), ETA, RHO, 3),
+    "alset": (ALSET, {"linear_steps": 4, **APART}, OF_Y, steady((1, 4, 1)), ETA, RHO, 3),
+    "alsetwslin": (ALSET, {"linear_steps": 1, "warm_start_linear": True}, BOTH, steady((1, 1, 1)), ETA, ETA, 3),
+    "alsetwslinv2": (ALSET, {"linear_steps": 1, "warm_start_linear": True, **APART}, BOTH, steady((1, 1, 1)), ETA, RHO,
+                     3),
+    "bioptdet": (BSGM, {"lower_steps": 6, "linear_steps": 4, "cross_samples": 1, **APART}, NONE, steady((6, 4, 1)), ETA,
+                 RHO, None),
+    "bioptdetwsv2": (AmIGO, ONE, BOTH, steady((1, 1, 1)), ETA, ETA, None),  # bioptdetv2 is the same
+    "bioptdetws": (AmIGO, {**ONE, **APART}, BOTH, steady((1, 1, 1)), ETA, RHO, None),
+    "bioptdetwsv3rand": (AmIGO, SIX_FOUR, BOTH, steady((6, 4, 4)), ETA, RHO, None),
+    "bioptdetv3rand": (BSGM, SIX_FOUR, NONE, steady((6, 4, 4)), ETA, RHO, None),
 }  # fmt: skip
-WARM = {"bioptwsyes": (1, 1), "bioptwsyesv2": (1, 1), "bioptgammaTinclinwsyes": (1, 1), "stochbiold": (1, 0),
-        "stochbio": (1, 0), "stochbiobs90": (1, 0), "doubleloop": (1, 0), "alset": (1, 0),
-        "alsetwslin": (1, 1)}  # fmt: skip
+
+
+class Recorded(Numbers):
+    """The same, and what was delivered in each iteration."""
+
+    def train_dataloader(self):
+        found, self.seen = super().train_dataloader(), []
+        make = found.batch
+        found.batch = lambda k: self.seen.append(make(k)) or self.seen[-1]
+        return found
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_operations_take_their_minibatches_starts_and_samples(name):
-    algorithm, settings, (T, K, J) = OPERATIONS[name]
-    module = prepared(algorithm, **settings)
-    assert module.minibatches(0) == ([1] * (T + K) + [J], [J])
-    assert (module.warm_start, module.warm_start_linear) == WARM.get(name, (0, 0))
-    b = 3
-    lower = [*draws(T + K, b), torch.cat(draws(J, b, seed=1))]
-    problem, x, y = bound(module, lower, None)
-    module.bilevel_step(problem, x, y)
-    assert problem.counts["samples"] == b * (T + K + J) + M
-    assert problem.counts["hessian_products"] == K
-    assert problem.counts["lower_gradients"] == T + K + 1  # K + 1 of them are built to be multiplied with
+def test_operations_are_written_out_over_four_iterations(name):
+    """T, K, J, the starts of y and v, the sequences of step sizes, x, and the samples touched in each iteration."""
+    algorithm, settings, (warm_y, warm_v), numbers, eta, rho, b = OPERATIONS[name]
+    task, data, costs = Sums(), Recorded(b, None, seed=2), []
+
+    class Counted(Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            costs.append(module.oracles.tolist())
+
+    module = algorithm(
+        task=task, dynamics=GradientDescent(eta), linear_start="rhs", **settings,
+        upper_optimizer=lambda params: torch.optim.SGD(params, lr=0.05),
+    )  # fmt: skip
+    x, first, whole, before = task.upper.x.detach().clone(), task.lower.y.detach().clone(), torch.arange(M), None
+    trainer(4, log_every_n_steps=0, callbacks=[Counted()]).fit(module, datamodule=data)
+    y, v = first, torch.zeros_like(first)
+    for s, batch in enumerate(data.seen[:4]):
+        T, K, J = numbers(s)
+        lower = [i for (i,) in batch["lower"]] if b else [torch.arange(N)] * (T + K + 1)
+        assert [len(i) for i in lower] == ([b] * (T + K) + [b * J] if b else [N] * (T + K + 1))
+        start = v if warm_v else None
+        y, v, d = by_hand(task, lower, whole, x, y if warm_y else first, start, T, K, eta, rho, first=1.0)
+        x = x - 0.05 * d
+        spent = costs[s] if before is None else [a - c for a, c in zip(costs[s], before, strict=True)]
+        spent, before = dict(zip(ORACLES, spent, strict=True)), costs[s]
+        assert spent["samples"] == (b * (T + K + J) if b else N * (T + K + 1)) + M
+        assert (spent["hessian_products"], spent["cross_products"], spent["upper_gradients"]) == (K, 1, 1)
+    torch.testing.assert_close(task.upper.x.detach(), x, rtol=1e-12, atol=0)
+    torch.testing.assert_close(task.lower.y.detach(), y, rtol=1e-12, atol=0)
+
+
+def test_the_published_budget_lasts_for_21_iterations():
+    """Of the poisoning config, with its numbers of steps and sizes, and a small model in the place of MNIST's."""
+    config = yaml.safe_load(Path(config_path("poisoning/mnist_bsgm")).read_text())
+    steps, b = config["model"]["init_args"]["lower_steps"], config["data"]["init_args"]["lower_batch_size"]
+    (budget,) = (c["init_args"]["samples"] for c in config["trainer"]["callbacks"] if c["class_path"] == "SampleBudget")
+
+    class Few(Sums):
+        def lower_loss(self, batch):
+            return 0.5 * (self.lower.y - self.upper.x[0]).square().sum()
+
+        def upper_loss(self, batch):
+            return self.lower.y.sum()
+
+    class Many(Numbers):
+        def levels(self):
+            return (torch.arange(100),), (torch.arange(15_000),)
+
+    module = BSGM(task=Few(), lower_steps=steps, dynamics=GradientDescent(0.01))
+    fitted = trainer(-1, callbacks=[SampleBudget(budget)], log_every_n_steps=0)
+    fitted.fit(module, datamodule=Many(b, None, epoch_length=50))
+    assert fitted.global_step == 21
+    assert int(module.oracles[-1]) == 21 * 96_000 == 2_016_000
 
 
 def test_growing_numbers():
@@ -157,14 +234,15 @@ def test_growing_numbers():
     assert module.minibatches(3) == ([1] * 12 + [6], [6])
 
 
-def by_hand(task, lower, upper, x, y, v0, T, K, lr, rho):
-    """BSGM written out: y, v and the direction from lists of minibatches."""
+def by_hand(task, lower, upper, x, y, v0, T, K, lr, rho, first=None):
+    """BSGM written out: y, v and the direction from lists of minibatches; cold, v starts at ``first`` f_y."""
+    lr, rho = (value if callable(value) else lambda t, value=value: value for value in (lr, rho))
     for t in range(T):
         y = y - lr(t) * (task.A[lower[t]].mean(0) @ y - task.B[lower[t]].mean(0) @ x)
     f_y = y - task.c[upper].mean(0)
-    v, first = (rho(0) * f_y, 1) if v0 is None else (v0, 0)
+    v, number = ((rho(0) if first is None else first) * f_y, 1) if v0 is None else (v0, 0)
     for j in range(K):
-        v = v - rho(first + j) * (task.A[lower[T + j]].mean(0) @ v - f_y)
+        v = v - rho(number + j) * (task.A[lower[T + j]].mean(0) @ v - f_y)
     return y, v, task.rho * x + task.B[lower[T + K]].mean(0).T @ v
 
 
@@ -212,12 +290,19 @@ def test_a_lower_decay_of_zero_leaves_y():
     assert torch.equal(module.bilevel_step(problem, x, y).lower["y"], y["y"])
 
 
-def test_divergence_of_v_falls_back_to_no_linear_steps():
+@pytest.mark.parametrize("warm", [False, True])
+def test_divergence_of_v_falls_back_to_no_linear_steps(warm):
     settings = {"lower_steps": 3, "linear_lr": 1e3, "dynamics": GradientDescent(0.2)}
-    module, want = (prepared(BSGM, linear_steps=n, **settings) for n in (200, 0))
+    module = prepared(BSGM, linear_steps=200, warm_start_linear=warm, **settings)
+    want = prepared(BSGM, linear_steps=0, **settings)
+    if warm:
+        module.states["v"].set({"y": torch.full((DIM,), 7.0, dtype=torch.float64)})
     with pytest.warns(LinearSystemWarning, match="linear_steps was taken as 0: lower linear_lr"):
         step = module.bilevel_step(*bound(module, None, None))
     assert relative(step.upper_grad, want.bilevel_step(*bound(want, None, None)).upper_grad) == 0
+    if warm:  # the next iteration goes on from this v, and not from one that led to divergence
+        f_y = step.lower["y"] - module.task.c.mean(0)
+        torch.testing.assert_close(step.state["v"]["y"], 1e3 * f_y, rtol=1e-13, atol=0)
 
 
 def test_the_direction_is_the_mean_of_that_on_minibatches():

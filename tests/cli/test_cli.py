@@ -119,7 +119,9 @@ def test_shipped_poisoning_configs_run(name, tmp_path, monkeypatch, capsys):
         small += ["--data.lower_batch_size=16"]
     if "truncation" in text:
         small += ["--model.truncation=2"]
-    run("--config", name, *small, "--trainer.callbacks=PoisoningReport", "--trainer.callbacks.steps=2")
+    if "GradientFlow" not in text:  # whose report is quick as it stands
+        small += ["--trainer.callbacks=PoisoningReport", "--trainer.callbacks.steps=2"]
+    run("--config", name, *small)
     folder = Path("runs") / name / "version_0"
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))

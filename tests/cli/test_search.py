@@ -70,6 +70,47 @@ def test_shipped_spaces_fit_their_configs(name):
     assert this.description["the space's direction"] in ("minimize", "maximize")
 
 
+ETA, X = {"model.dynamics.lr": ("log_uniform", (1e-4, 10))}, {"model.upper_optimizer.lr": ("log_uniform", (1e3, 1e9))}
+RHO, TIME = {"model.linear_lr": ("log_uniform", (1e-4, 10))}, ("int_log_uniform", (10, 10_000))
+FALLS = {"model.dynamics.lr.initial": ETA["model.dynamics.lr"], "model.dynamics.lr.halving": ("log_uniform", (10, 1e4))}
+T, K = {"model.lower_steps": TIME}, {"model.linear_steps": TIME}
+SIZE = {"data.lower_batch_size": ("int_log_uniform", (90, 45_000))}
+PUBLISHED = {  # the released script's eight: ranges; warm starts of y and v; T, K and J where they are fixed
+    "bsgm": ({**X, **FALLS, **T}, (False, False), {}),  # bioptgammawsno
+    "bsgm_constant": ({**X, **ETA, **T}, (False, False), {}),  # bioptwsno
+    "bsgm_warm": ({**X, **ETA, **T}, (True, True), {}),  # bioptwsyes
+    "stocbio": ({**X, **ETA, **RHO, **T, **K}, (True, False), {}),  # stochbio
+    "stocbio_batch": ({**X, **ETA, **RHO, **T, **K, **SIZE}, (True, False), {"J": 1}),  # stochbiobs90
+    "alset": ({**X, **ETA, **RHO, **K}, (True, False), {"T": 1, "J": 1}),  # alset
+    "single_loop": ({**X, **ETA, **RHO}, (True, True), {"T": 1, "K": 1, "J": 1}),  # alsetwslinv2
+    "deterministic": ({**X, **ETA}, (True, True), {"T": 1, "K": 1, "J": 1}),  # bioptdetwsv2
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_searches_have_their_ranges_and_rows(name):
+    ranges, warm, fixed = PUBLISHED[name]
+    given, rest = parser().parse_known_args(["--space", f"poisoning_{name}"])
+    this = Search(given, rest)
+    assert {n: (r.kind, r.values) for n, r in this.space.settings.items()} == ranges
+    assert (this.space.metric, this.space.direction) == ("report/poisoned_images/val_accuracy", "minimize")
+    found = {n.removeprefix("model.init_args."): value for n, value in this.description.items()}  # with the low ends
+    assert found["model.class_path"].endswith("BSGM")
+    assert found["linear_start"] == "rhs"
+    assert (found["warm_start"], found["warm_start_linear"]) == warm
+    searched = {"T": 10, "K": 10 if "model.linear_steps" in ranges else None, "J": None}  # None: as many as before
+    names = {"T": "lower_steps", "K": "linear_steps", "J": "cross_samples"}
+    assert {n: found[names[n]] for n in names} == {**searched, **fixed}
+    assert found["linear_lr"] == (1e-4 if RHO.keys() <= ranges.keys() else None)  # None: the lower step size
+    assert found["data.init_args.lower_batch_size"] == (None if name == "deterministic" else 90)
+    callbacks = {c["class_path"].split(".")[-1]: c["init_args"] for c in found["trainer.callbacks"]}
+    assert callbacks["SampleBudget"]["samples"] == 2e6
+
+
+def test_there_are_no_other_published_searches():
+    assert {n for n in shipped_spaces() if n.startswith("poisoning_")} == {f"poisoning_{n}" for n in PUBLISHED}
+
+
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
