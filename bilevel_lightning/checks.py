@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from torch.utils._pytree import tree_flatten
 from typing_extensions import override
 
 from bilevel_lightning import tree
+from bilevel_lightning.dynamics import Dynamics
 from bilevel_lightning.errors import BilevelError
 from bilevel_lightning.problem import BilevelProblem
-from bilevel_lightning.task import Bilevel
+from bilevel_lightning.task import Bilevel, BilevelTask
 from bilevel_lightning.tree import Params
 
 
@@ -48,6 +50,47 @@ def check_trainer(trainer: Trainer) -> None:
                 "ModelCheckpoint.train_time_interval does nothing in manual optimization: use the callback "
                 "SaveEvery(seconds) instead."
             )
+
+
+def check_automatic(trainer: Trainer) -> None:
+    """Refuses what Lightning does with gradients of automatic optimization, and names the setting that stands for it.
+
+    Raises:
+        BilevelError: for gradient clipping and accumulation by the trainer.
+    """
+    if trainer.gradient_clip_val:
+        raise BilevelError(
+            "trainer.gradient_clip_val does not reach hypergradients: set the algorithm's upper_clip_norm or "
+            "upper_clip_value instead."
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise BilevelError(
+            "trainer.accumulate_grad_batches does not reach hypergradients: set the algorithm's accumulate instead."
+        )
+
+
+def check_settings(task: Any, dynamics: Any, evaluation_dynamics: Any, optimizer: Any, lower_steps: Any) -> None:
+    """Looks at the types of settings that were given from Python; of a config the command line has done so.
+
+    Raises:
+        BilevelError: where a class, a name or an object of torch stands for one of this library.
+    """
+    if not isinstance(task, BilevelTask | None):
+        raise BilevelError(f"task must be an instance of a BilevelTask, got {_said(task)}.")
+    for name, value in (("dynamics", dynamics), ("evaluation_dynamics", evaluation_dynamics)):
+        if not isinstance(value, Dynamics) and not (value is None and name == "evaluation_dynamics"):
+            raise BilevelError(f"{name} must be a Dynamics, such as Momentum(lr=0.1), got {_said(value)}.")
+    if not callable(optimizer):
+        raise BilevelError(
+            "upper_optimizer must be a function of the parameters, such as functools.partial(torch.optim.SGD, lr=0.1), "
+            f"got {_said(optimizer)}."
+        )
+    if not isinstance(lower_steps, Integral):
+        raise BilevelError(f"lower_steps must be an integer, got {lower_steps!r}.")
+
+
+def _said(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"an object of {type(value).__name__}"
 
 
 def check_strategy(strategy: Any) -> None:
@@ -110,7 +153,8 @@ def check_levels(task: Bilevel) -> tuple[Params, Params]:
     """
     for name in ("upper", "lower"):
         if not isinstance(getattr(task, name, None), nn.Module):
-            raise BilevelError(f"{type(task).__name__}.{name} must be a module that holds the {name} variables.")
+            other = "" if isinstance(task, BilevelTask) else " Set task, or define it."
+            raise BilevelError(f"{type(task).__name__}.{name} must be a module that holds the {name} variables.{other}")
     x, y = tree.of(task.upper), tree.of(task.lower)
     for name, values in (("upper", x), ("lower", y)):
         if not values:

@@ -14,6 +14,7 @@ from bilevel_lightning import tree
 from bilevel_lightning.binding import bind, own, stack, unstack
 from bilevel_lightning.distributed import agree, mean_over_processes
 from bilevel_lightning.dynamics import Dynamics
+from bilevel_lightning.errors import BilevelError
 from bilevel_lightning.interval import Interval
 from bilevel_lightning.pickling import Picklable
 from bilevel_lightning.problem import BilevelProblem, Operator
@@ -105,11 +106,17 @@ class Evaluation(Picklable, LightningModule, Bilevel):
         for y in path:  # noqa: B007 (the last one)
             pass
         with torch.no_grad():
-            found = {"upper_loss": problem.each_f(x, y), **problem.evaluate("metrics", x, y)}
+            found = {"upper_loss": problem.each_f(x, y), **self._metrics(problem, x, y)}
             if y is not start:
-                before = problem.evaluate("metrics", x, start, 0)
+                before = self._metrics(problem, x, start, 0)
                 found.update({f"{name}_before": value for name, value in before.items()})
         return found
+
+    def _metrics(self, problem: BilevelProblem, x: Params, y: Params, *step: int) -> Params:
+        found = problem.evaluate("metrics", x, y, *step)
+        if not isinstance(found, dict):
+            raise BilevelError(f"metrics must return a dictionary of scalars by name, got {type(found).__name__}.")
+        return {name: torch.as_tensor(value, device=self.device) for name, value in found.items()}
 
     def solved(self, episode: Any, number: int | None = None) -> tuple[BilevelProblem, Params, Iterator[Params]]:
         """Returns the problem of an episode, its x, and its y as validation and test solve it, step by step from y_0.

@@ -21,9 +21,11 @@ from bilevel_lightning import randomness, tree
 from bilevel_lightning.binding import Functional, rows, running_norms, split, unstack
 from bilevel_lightning.checkpoints import AtomicCheckpointIO
 from bilevel_lightning.checks import (
+    check_automatic,
     check_batch,
     check_levels,
     check_losses,
+    check_settings,
     check_task,
     check_trainer,
     diagnose,
@@ -176,6 +178,7 @@ class BilevelModule(Evaluation, ABC):
         for name, bound in (("upper_clip_norm", upper_clip_norm), ("upper_clip_value", upper_clip_value)):
             if bound is not None:
                 positive(name, bound)
+        check_settings(task, dynamics, evaluation_dynamics, upper_optimizer, lower_steps)
         if lower_steps < self.least_lower_steps:
             raise BilevelError(f"lower_steps must be at least {self.least_lower_steps}, got {lower_steps}.")
         self.upper_clip_norm, self.upper_clip_value = upper_clip_norm, upper_clip_value
@@ -216,6 +219,7 @@ class BilevelModule(Evaluation, ABC):
         self.compiled = Compiled(self._recorded) if compile else None
         self.scale: dict[str, float] = {}
         self.statistics = nn.ModuleDict()  # of evaluations
+        self._random_state: dict[str, Any] | None = None  # of the checkpoint, until the resumed epoch has begun
         self._checked: bool | None = None  # None: not configured; False: losses not looked at yet
         self.register_buffer("oracles", torch.zeros(len(ORACLES), dtype=torch.long))
         self.oracles: Tensor
@@ -332,6 +336,7 @@ class BilevelModule(Evaluation, ABC):
 
     @override
     def configure_callbacks(self) -> list[Callback]:
+        check_automatic(self.trainer)
         given = {type(c) for c in self.trainer.callbacks}  # type: ignore[attr-defined]
         return [c for c in self.hooks.callbacks() if type(c) not in given]
 
@@ -349,6 +354,9 @@ class BilevelModule(Evaluation, ABC):
         rates = [float(group["lr"]) for group in optimizer.param_groups if "lr" in group]
         if not all(rate < float("inf") for rate in rates):
             raise BilevelError(f"upper_optimizer: its lr must be a finite number, got {rates[0]}.")
+        optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if not optimized & {id(p) for p in self.upper_parameters().values()}:
+            raise BilevelError("upper_optimizer must be made for the parameters that it is given; it has none of them.")
         given = self.upper_scheduler
         if given is None:
             return optimizer
@@ -622,4 +630,21 @@ class BilevelModule(Evaluation, ABC):
             self.to(next(t.dtype for t in checkpoint["state_dict"].values() if t.is_floating_point()))
         self._gathered, self.scale = checkpoint.get("accumulated", (0, {})), dict(checkpoint.get("scale", {}))
         if self._trainer is not None and self._trainer.training and "random_state" in checkpoint:
-            randomness.restore(checkpoint["random_state"])
+            self._random_state = checkpoint["random_state"]
+            randomness.restore(self._random_state)
+
+    def _restore_random_state(self) -> None:
+        """Sets the generators once more, after the loader of the resumed epoch has drawn the seed of its workers."""
+        if self._random_state is not None:
+            randomness.restore(self._random_state)
+            self._random_state = None
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            self._random_state = None  # saved between epochs: the undisturbed run, too, made the loader after that
+        self._restore_random_state()
+
+    @override
+    def on_train_epoch_end(self) -> None:
+        self._restore_random_state()  # saved by the last validation of an epoch, of which no batch is left

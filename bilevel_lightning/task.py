@@ -138,7 +138,13 @@ class Bilevel:
         raise BilevelError(f"{type(self).__name__} does not define fixed_point_map(batch), which FixedPoint needs.")
 
     def metrics(self, batch: Any) -> dict[str, Tensor]:
-        """Returns scalars to log at validation and test, evaluated at the solved y; default: none."""
+        """Returns scalars to log at validation and test, ``val/...`` and ``test/...``, at the solved y; default: none.
+
+        Args:
+            batch: what the data module's ``val_dataloader`` or ``test_dataloader`` gives; where y does not persist, one
+                of its `episodes`, both levels included. `upper_loss`, which is logged besides, gets the upper part of
+                a dictionary with two levels, and all of any other batch.
+        """
         return {}
 
     def predict(self, batch: Any) -> Any:

@@ -7,6 +7,7 @@ import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from traceback import walk_tb
 
@@ -15,7 +16,15 @@ from jsonargparse import set_parsing_settings
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.cli import LightningCLI
 
-from bilevel_lightning import algorithms
+from bilevel_lightning import (
+    algorithms,
+    callbacks,
+    datamodules,
+    dynamics,
+    linear_solvers,
+    models,
+    tasks,
+)
 from bilevel_lightning.errors import BilevelError
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -40,7 +49,9 @@ UNKNOWN = re.compile(
     r".*class_path '(?:bilevel_lightning\.(?:\w+\.)*)?([\w.]+)': "
     r"(?:Option '(\w+)' is not accepted|unrecognized arguments: --([\w.]+))",
 )
+MISSPELT = re.compile(r"Expected a dot import path string: ([A-Z]\w*)\s*$", re.MULTILINE)
 NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+NAMED = (algorithms, callbacks, datamodules, dynamics, linear_solvers, models, tasks)
 _allowed: set[str] = set()  # by earlier calls in this process
 
 
@@ -75,9 +86,16 @@ def complete(args: list[str]) -> list[str]:
         if option in ("--config", "-c"):
             tokens[i + 1] = config_path(tokens[i + 1])
     checkpoints = [value for option, value in itertools.pairwise(tokens) if option == "--ckpt_path"]
+    named = {token.partition("=")[0] for token in tokens}
     if checkpoints and checkpoints[-1] not in CHECKPOINT_WORDS:
-        tokens = [*checkpoint_settings(checkpoints[-1]), *tokens]
-    elif not {"--config", "-c", "--data"} & {token.partition("=")[0] for token in tokens}:
+        stored = checkpoint_settings(checkpoints[-1])
+        if "--data" not in stored and not {"--config", "-c", "--data"} & named:
+            raise BilevelError(
+                f"--ckpt_path {checkpoints[-1]} holds no settings of the data, as checkpoints of runs from Python: add "
+                "the --config of the run, or --data."
+            )
+        tokens = [*stored, *tokens]
+    elif not {"--config", "-c", "--data"} & named:
         tokens = ["--config", config_path(DEFAULT), *tokens]
     return [command, *tokens]
 
@@ -160,6 +178,11 @@ def explain(error: BaseException) -> str | None:
             "If you trust it, type the name on the command line, or set the environment variable "
             f"BILEVEL_ALLOW={denied[2]}."
         )
+    if (misspelt := MISSPELT.search(text)) and "Expected a <class 'float'>" not in text:
+        where = ".".join(re.findall(r'Parser key "([\w.]+)"', text))
+        close = get_close_matches(misspelt[1], [name for part in NAMED for name in part.__all__], 1)
+        said = f"did you mean {close[0]}?" if close else "only classes of this package and torch go by name alone."
+        return f"--{where} {misspelt[1]} names no class: {said} One of your own is named with its module, mine.Name."
     noise = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value")
     lines = [line.strip() for line in text.splitlines()]
     text = " ".join(line.removeprefix("- ") for line in lines if not line.startswith(noise))

@@ -65,7 +65,7 @@ class CheckCLI(BilevelCLI):
             self.trainer.should_stop = True
             return -1
 
-        model.on_train_batch_start, model.configure_callbacks = look, list  # type: ignore[method-assign]
+        model.on_train_batch_start, model.configure_callbacks = look, list  # type: ignore[assignment,method-assign]
         self.trainer.fit(model, **settings)
         if self.report is None:
             raise BilevelError("The data module gives no training batch to check.")

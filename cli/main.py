@@ -33,7 +33,7 @@ from bilevel_lightning import (  # noqa: F401
     schedules,
     tasks,
 )
-from bilevel_lightning.checks import check_strategy
+from bilevel_lightning.checks import check_strategy, plain
 from bilevel_lightning.cli.arguments import CONFIGS, DEFAULT, complete, explain, newest, restrict, shipped_configs
 from bilevel_lightning.cli.resuming import GivenSettings
 from bilevel_lightning.module import BilevelModule
@@ -98,6 +98,16 @@ class BilevelCLI(LightningCLI):
     @override
     def _parse_ckpt_path(self) -> None:
         """A checkpoint's settings are read before the user's (see `complete`), so that they never replace them."""
+
+    @override
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        given = self._get(self.config, "data")
+        if given is None or self.datamodule.hparams:
+            return
+        settings = given["init_args"].as_dict() if "init_args" in given else {}
+        if plain(settings):  # a class of one's own need not say `save_hyperparameters` for them to be in checkpoints
+            self.datamodule._set_hparams({"_class_path": given["class_path"], **settings})
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

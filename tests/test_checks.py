@@ -270,3 +270,62 @@ def test_a_model_is_tried_on_one_sample_without_a_trace():
     with pytest.raises(BilevelError, match=r"does not accept images of shape \(1, 3, 3\)"):
         check_classifier(model, torch.rand(5, 1, 3, 3), 2)
     assert model.training
+
+
+# Settings that are given from Python.
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"task": Rows}, "task must be an instance of a BilevelTask, got the class Rows"),
+        ({"dynamics": GradientDescent}, "dynamics must be a Dynamics, .* got the class GradientDescent"),
+        ({"evaluation_dynamics": "Momentum"}, "evaluation_dynamics must be a Dynamics, .* got an object of str"),
+        ({"upper_optimizer": torch.optim.SGD([torch.zeros(1)], 0.1)}, "upper_optimizer must be a function .* of SGD"),
+        ({"lower_steps": 10.0}, r"lower_steps must be an integer, got 10\.0"),
+        ({"lower_steps": "10"}, "lower_steps must be an integer, got '10'"),
+    ],
+)
+def test_settings_of_another_type(settings, words):
+    with pytest.raises(BilevelError, match=words):
+        RHG(**{"task": Quadratic(), **settings})
+
+
+def test_an_algorithm_without_a_task():
+    with pytest.raises(BilevelError, match=r"RHG.upper must be a module .* Set task, or define it."):
+        fit(RHG(), 1)
+
+
+def test_an_optimizer_of_other_parameters():
+    other = nn.Parameter(torch.zeros(1))
+    with pytest.raises(BilevelError, match="upper_optimizer must be made for the parameters that it is given"):
+        fit(RHG(task=Quadratic(), upper_optimizer=lambda params: torch.optim.SGD([other], 0.1)), 1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "remedy"),
+    [({"gradient_clip_val": 1.0}, "upper_clip_norm"), ({"accumulate_grad_batches": 2}, "algorithm's accumulate")],
+)
+def test_what_the_trainer_does_to_gradients(setting, remedy):
+    with pytest.raises(BilevelError, match=remedy):
+        fit(RHG(task=Quadratic()), 1, **setting)
+
+
+def validated(found):
+    class Measured(Quadratic):
+        def metrics(self, batch):
+            return found
+
+    run = trainer(1)
+    run.validate(RHG(task=Measured()), Batches(1), verbose=False)
+    return run.callback_metrics
+
+
+def test_metrics_may_be_numbers():
+    found = validated({"number": 0.5, "count": 3, "tensor": torch.tensor(0.25)})
+    assert [float(found[f"val/{name}"]) for name in ("number", "count", "tensor")] == [0.5, 3.0, 0.25]
+
+
+def test_metrics_without_names():
+    with pytest.raises(BilevelError, match="metrics must return a dictionary of scalars by name, got Tensor"):
+        validated(torch.tensor(0.5))

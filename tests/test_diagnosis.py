@@ -58,6 +58,29 @@ def test_a_solved_lower_level_is_trusted(method):
     assert f"T = {report.suggested_steps}" in report.words()[1]
 
 
+class Well(BilevelTask):
+    """A lower level whose |g_y| first rises on the way from y = 2.5 to its minimum at x = 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.upper, self.lower = (nn.ParameterDict({"w": torch.full((1,), start)}) for start in (0.0, 2.5))
+
+    def upper_loss(self, batch):
+        return (self.lower["w"] - 1).square().sum()
+
+    def lower_loss(self, batch):
+        return -(-(self.lower["w"] - self.upper["w"]).square() / 2).exp().sum()
+
+
+def test_a_slope_that_rises_on_the_way_to_a_minimum_is_no_divergence():
+    report = check(RHG(task=Well(), dynamics=GradientDescent(lr=0.5), lower_steps=8), BATCH)
+    first, last, rest = report.stationarity
+    assert rest < first < last
+    assert not report.trusted
+    assert "raise lower_steps" in said(report)
+    assert "diverges" not in said(report)
+
+
 def test_one_step_is_not_and_the_suggestion_is_right():
     task = Quadratic()
     report = check(RHG(task=task, dynamics=GD, lower_steps=1), BATCH)

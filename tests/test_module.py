@@ -7,6 +7,7 @@ from problems import Contraction, FromX, Nonlinear, Quadratic, Vector
 from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import nn
+from torch.utils.data import DataLoader
 
 from bilevel_lightning import (
     RHG,
@@ -254,6 +255,38 @@ def test_resuming_is_exact_to_the_bit(tmp_path, algorithm, warm_start):
     assert run.global_step == 9
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+class SaveWhen(Callback):
+    """Saves once at a hook: in the middle of an epoch, by its last validation, or at its end."""
+
+    def __init__(self, hook, path):
+        setattr(self, hook, lambda trainer, *args: self.save(trainer, path))
+
+    def save(self, trainer, path):
+        if trainer.global_step >= 2 and not path.exists():
+            trainer.save_checkpoint(path)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_end", "on_train_epoch_end"])
+def test_loaders_that_draw_random_numbers_leave_those_of_the_losses_as_they_are(tmp_path, hook):
+    class Noisy(Nonlinear):
+        def lower_loss(self, batch):
+            return super().lower_loss(batch) + 0.01 * (torch.randn(3, dtype=torch.float64) * self.lower.w).sum()
+
+    def trained(steps, ckpt_path=None, callbacks=None):
+        torch.manual_seed(0)
+        module = RHG(task=Noisy(), lower_steps=3).double()
+        data = [{"lower": torch.zeros(1), "upper": torch.zeros(1)}] * 3
+        loader = DataLoader(data, batch_size=None)  # draws a seed for its workers at the beginning of an epoch
+        trainer(steps, callbacks=callbacks).fit(module, loader, DataLoader(data, batch_size=None), ckpt_path=ckpt_path)
+        return tree.of(module.task.upper)
+
+    path = tmp_path / "saved.ckpt"
+    whole = trained(8, callbacks=[SaveWhen(hook, path)])
+    resumed = trained(8, ckpt_path=path)
+    assert all(torch.equal(resumed[name], t) for name, t in whole.items())
 
 
 def test_global_step_counts_upper_iterations_and_checkpoints_follow_it(tmp_path):

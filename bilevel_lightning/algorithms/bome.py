@@ -23,7 +23,7 @@ class BOME(SingleLoop):
     2. q_x = g_x(x, y) - g_x(x, w),  q_y = g_y(x, y); the twin w is held fixed.
     3. lambda = max(phi - <(f_x, f_y), (q_x, q_y)>, 0) / |(q_x, q_y)|^2, phi = eta |(q_x, q_y)|^2 or eta q: the least
        multiple with which q falls at the rate phi.
-    4. d = (f_x, f_y) + lambda (q_x, q_y); x steps by ``upper_optimizer``, y <- prox(y - lower_lr d_y).
+    4. d = (f_x, f_y) + lambda (q_x, q_y); x steps by ``upper_optimizer``, y <- y - lower_lr d_y.
 
     First derivatives only. Near the solution |(q_x, q_y)| tends to 0 and lambda grows, so that y is restless on the
     scale of its step: let the steps decrease for accuracy. One batch of several starts shares one lambda;
@@ -37,7 +37,8 @@ class BOME(SingleLoop):
         **kwargs: settings of `BilevelModule`.
 
     Raises:
-        BilevelError: if a setting is out of its range, y does not persist, or the gap is clearly negative.
+        BilevelError: if a setting is out of its range, y does not persist, the gap is clearly negative, or the lower
+            level has a projection or proximal map, at whose solution q_y does not vanish.
 
     References:
         B. Liu, M. Ye, S. Wright, P. Stone, Q. Liu. BOME! Bilevel Optimization Made Easy: A Simple First-Order Approach.
@@ -60,6 +61,11 @@ class BOME(SingleLoop):
 
     @override
     def bilevel_step(self, problem: BilevelProblem, x: Params, y: Params) -> Step:
+        if problem.constrained:
+            raise BilevelError(
+                "BOME weighs f against the gradient of the value gap, which does not vanish at the solution of a lower "
+                "level with a projection or proximal map: use VPBGD or MEHA."
+            )
         t = self.lower_steps
         w = self.solve_lower(problem, x, y)
         f_x, f_y = problem.grad_f(x, y)

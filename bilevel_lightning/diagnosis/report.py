@@ -116,7 +116,8 @@ class Report(NamedTuple):
             remedy = f"raise linear_solver.steps; K = {kept} would do" if kept else f"no K up to {PRODUCTS} would do"
             yield f"With the reference's y it is {self.solved_error:.1%} off, by the linear system alone: {remedy}."
         if (least is None or least > steps) if implicit else self.unrolled_error > TOLERANCE:
-            remedy = f"raise lower_steps; {would}" if last < first else "this diverges; lower dynamics.lr"
+            diverges = last >= first and rest >= first  # |g_y| may rise on the way where g is not convex
+            remedy = "this diverges; lower dynamics.lr" if diverges else f"raise lower_steps; {would}"
             yield f"T = {steps} steps take |g_y| from {first:.2g} to {last:.2g} (reference: {rest:.2g}): {remedy}."
         if not implicit and self.stopped_error > TOLERANCE:
             if least in (None, steps):

@@ -451,6 +451,10 @@ def test_module_and_script_are_the_command_line():
         ),
         (["--model.lower_steps", "many"], "Parser key \"lower_steps\": Expected a <class 'int'>. Got value: many"),
         (["--model.lower_steps", "0"], "lower_steps must be at least 1, got 0."),
+        (["--model", "RGH"], "--model RGH names no class: did you mean RHG?"),
+        (["--model.dynamics", "Momentun"], "--model.dynamics Momentun names no class: did you mean Momentum?"),
+        (["--model.task", "Unheard"], "--model.task Unheard names no class: only classes of this package and torch"),
+        (["--trainer.gradient_clip_val", "1"], "trainer.gradient_clip_val does not reach hypergradients"),
         (
             ["--config", "hyper_cleaning/digits_soba", "--model.lower_steps", "7"],
             "SOBA has no setting lower_steps, since it has no lower loop: it moves y by steps of lower_lr. bilevel-fit "
@@ -472,7 +476,6 @@ def test_module_and_script_are_the_command_line():
         (["--model.task.samples", "599"], "The task has 599 weights but the data 600 training samples"),
         (["--model", "Nothing"], "Nothing"),
         (["--ckpt_path", "nothing.ckpt"], "--ckpt_path nothing.ckpt does not exist."),
-        (["--trainer.gradient_clip_val", "1"], "Automatic gradient clipping is not supported for manual optimization"),
         (["--trainer.strategy", "nothing"], "You selected an invalid strategy name: `strategy='nothing'`."),
         (["--trainer.strategy", "fsdp"], "fsdp keeps a part of the parameters on each process"),
         (["--trainer.devices", "-5"], "`devices` selected with `CPUAccelerator` should be an int > 0."),
@@ -525,6 +528,44 @@ def test_errors_of_our_own_keep_their_traceback(monkeypatch):
 
 
 # Checkpoints.
+
+
+OWN = """
+import torch
+from pytorch_lightning import LightningDataModule
+from torch.utils.data import DataLoader
+
+class Own(LightningDataModule):
+    def __init__(self, batches: int = 1):
+        super().__init__()
+        self.batches = batches
+
+    def train_dataloader(self):
+        return DataLoader([{"lower": torch.zeros(1), "upper": torch.zeros(1)}] * self.batches, batch_size=None)
+
+    val_dataloader = train_dataloader
+"""
+
+
+def test_a_data_module_of_ones_own_lies_in_the_checkpoint(monkeypatch, capsys):
+    Path("own_data.py").write_text(OWN)
+    monkeypatch.setenv("BILEVEL_ALLOW", "own_data")
+    own = ["--data", "own_data.Own", "--data.batches", "2", "--trainer.max_steps", "2"]
+    run("--config", "numerical/strongly_convex_rhg", *own, "--trainer.callbacks", "null")
+    path = str(checkpoint("runs"))
+    stored = torch.load(path, weights_only=True)["datamodule_hyper_parameters"]
+    assert stored == {"_class_path": "own_data.Own", "batches": 2}
+    capsys.readouterr()
+    run("validate", "--ckpt_path", path)
+    assert "val/upper_loss" in capsys.readouterr().out
+
+
+def test_a_checkpoint_without_settings_of_the_data(tmp_path, capsys):
+    path = tmp_path / "python.ckpt"
+    torch.save({"state_dict": {}}, path)
+    with pytest.raises(SystemExit):
+        fit(["test", "--ckpt_path", str(path)])
+    assert "holds no settings of the data" in capsys.readouterr().err
 
 
 def test_resume_test_validate_predict_and_load(capsys):
