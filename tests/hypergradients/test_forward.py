@@ -277,7 +277,7 @@ def test_first_order_of_maml():
 def test_first_order_needs_a_start_that_depends_on_x():
     with pytest.raises(BilevelError, match="first_order needs a start y_0.x.: define initial_lower"):
         hypergradient(Quadratic(), first_order=True)
-    with pytest.raises(BilevelError, match="leave truncation out, or first_order"):
+    with pytest.raises(BilevelError, match="leave truncation and memory out"):
         RHG(first_order=True, truncation=3)
 
 
