@@ -444,7 +444,8 @@ class BilevelModule(Evaluation, ABC):
 
     def _check(self, episode: Any, x: Params, where: str = "on the first batch") -> None:
         """Looks at the losses: once, and again where an iteration ends in what is not finite."""
-        y = whole(self.start_lower(x, episode))
+        with self.aside():  # a start may be random
+            y = whole(self.start_lower(x, episode))
         try:
             with self.aside(), watched(self.hooks):
                 problem, z, _ = self._bind(episode if self._checked else self._beginning(episode), x)

@@ -275,6 +275,9 @@ def test_loaders_that_draw_random_numbers_leave_those_of_the_losses_as_they_are(
         def lower_loss(self, batch):
             return super().lower_loss(batch) + 0.01 * (torch.randn(3, dtype=torch.float64) * self.lower.w).sum()
 
+        def initial_lower(self, upper):  # the check of the first batch, which a resumed run does again, draws too
+            return {name: t + 0.01 * torch.randn_like(t) for name, t in tree.of(self.lower).items()}
+
     def trained(steps, ckpt_path=None, callbacks=None):
         torch.manual_seed(0)
         module = RHG(task=Noisy(), lower_steps=3).double()
