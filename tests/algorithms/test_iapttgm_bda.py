@@ -7,6 +7,7 @@ import pytest
 import torch
 from loops import fit
 from problems import Nonlinear, Quadratic, ScalarMerelyConvex, ScalarStronglyConvex, bound, relative
+from pytorch_lightning import Callback
 from torch.optim.lr_scheduler import LambdaLR
 
 from bilevel_lightning import BDA, IAPTTGM, RHG, Accelerated, AggregatedDescent, BilevelError, GradientDescent, tree
@@ -168,18 +169,28 @@ def test_start_of_the_task_is_the_auxiliary_variable():
     assert relative(found.upper_grad, exact) < 1e-14
 
 
-def sine(start, steps=200, **settings):
-    """x and y at the end on the sine problem, with constant step size up to iteration 100 and then 0.9 each."""
+class Way(Callback):
+    """x after each iteration."""
+
+    def __init__(self):
+        self.x = []
+
+    def on_train_batch_end(self, trainer, module, *args):
+        self.x.append(float(module.hooks.upper["x"].detach()))
+
+
+def sine(start, steps=200, constant=100, way=None, **settings):
+    """x and y at the end on the sine problem, with constant step size up to an iteration and then 0.9 each."""
     task = SinProblem(starts=[start]).double()
     module = IAPTTGM(
         task=task,
         upper_optimizer=lambda p: SGD(p, lr=0.1),
-        upper_scheduler=lambda o: LambdaLR(o, lambda k: 0.9 ** max(k - 100, 0)),
+        upper_scheduler=lambda o: LambdaLR(o, lambda k: 0.9 ** max(k - constant, 0)),
         dynamics=GradientDescent(5e-4),
         lower_steps=40,
         **settings,
     ).double()
-    fit(module, steps)
+    fit(module, steps, callbacks=[way] if way else [])
     return float(task.upper["x"].detach()), float(task.lower["y"].detach())
 
 
@@ -188,6 +199,16 @@ def test_sine_problem_is_solved():
     x, y = sine((6.0, 0.0))
     assert x == pytest.approx(11 * math.pi / 4, abs=1e-5)
     assert y <= -1.9999
+
+
+@pytest.mark.filterwarnings("ignore:.*the lower level is not solved")  # on the way from (1, 2) and (1, -2) it is not
+@pytest.mark.parametrize("start", [(1.0, 2.0), (3.0, 2.0), (6.0, 0.0), (9.0, -2.0), (1.0, -2.0)])
+def test_sine_problem_ends_in_a_cycle_with_a_constant_step(start):
+    way = Way()
+    sine(start, 500, constant=500, way=way)
+    last = torch.tensor(way.x[-100:], dtype=torch.float64)
+    assert 0.05 < (last - 11 * math.pi / 4).abs().max() < 0.11
+    assert 8.62 <= last.mean() <= 8.70
 
 
 def test_sine_problem_is_not_solved_without_the_auxiliary_variable():
